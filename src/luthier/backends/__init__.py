@@ -1,0 +1,1 @@
+"""Shelf: things that answer prompts."""

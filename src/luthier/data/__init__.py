@@ -1,0 +1,1 @@
+"""Files to examples: read, recognise, check, split."""

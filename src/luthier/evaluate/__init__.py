@@ -1,0 +1,1 @@
+"""Judgement: predictions, paired statistics, the report."""

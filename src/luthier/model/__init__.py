@@ -1,0 +1,1 @@
+"""Everything that holds tensors: catalog, load, attention, adapters, generation."""

@@ -1,0 +1,1 @@
+"""Shelf: what is asked of the model."""

@@ -1,0 +1,1 @@
+"""Shelf: kinds of file that rows come from."""

@@ -1,0 +1,1 @@
+"""Shelf: ways to turn messages into text."""

@@ -1,0 +1,1 @@
+"""Messages to tokens and back: tokenizer, render, pack, show."""
