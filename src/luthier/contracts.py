@@ -106,6 +106,7 @@ class Method(Plugin):
 
     fresh: ClassVar[str] = "exact"  # a fresh adapter changes no logit: exact | tolerance | changes: <reason>
     merges: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 1e-3  # peak, where the task names none (methods reference, section 1)
 
     @abstractmethod
     def attach(self, model: Any, *, seed: int) -> Adapted:

@@ -66,7 +66,7 @@ class TrainSpec(_Part):
 
     epochs: float = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps (needed with stream)")
-    learning_rate: float = Field(1e-3, gt=0, lt=1, description="peak learning rate of AdamW")
+    learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of AdamW's; the method's own by default")
     batch_size: int = Field(16, ge=1, description="examples per optimiser step")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of steps with a rising learning rate")

@@ -1,0 +1,50 @@
+"""(IA)^3: learned factors on keys, values and the feed-forward's inner activations (Liu et al. 2205.05638)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from luthier import contracts
+from luthier.errors import SpecError
+
+# Names that model families give to the layers whose outputs (keys, values) or inputs (down) are scaled.
+KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "query_key_value", "c_attn", "qkv_proj")
+DOWN = ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "wo")
+
+
+class Options(contracts.Options):
+    """(IA)^3's settings."""
+
+    target_modules: list[str] | None = Field(None, description="layers whose outputs are scaled; found by name if absent")
+    feedforward_modules: list[str] | None = Field(None, description="layers whose inputs are scaled; found by name")
+
+
+class IA3(contracts.Method):
+    Options = Options
+    fresh = "exact"  # all factors start at one
+    learning_rate = 5e-3
+
+    def attach(self, model: Any, *, seed: int) -> contracts.Adapted:
+        """Put fresh factors on the model through PEFT; raise SpecError when no fitting layer is found."""
+        from peft import IA3Config
+
+        from luthier.model import adapt
+
+        inner = [name for name, _ in model.named_modules() if name.count(".") > 1]  # inside blocks, not the head
+        leaves = {name.rsplit(".", 1)[-1] for name in inner}
+        outputs = self.options.target_modules or [name for name in KEYS_VALUES if name in leaves]
+        inputs = self.options.feedforward_modules or [name for name in DOWN if name in leaves]
+        if not outputs or not inputs:
+            raise SpecError(
+                "no keys, values or feed-forward layers found by name",
+                where="method.target_modules",
+                remedy=f"name them; this model has: {', '.join(sorted(leaves))}",
+            )
+        config = IA3Config(task_type="CAUSAL_LM", target_modules=[*outputs, *inputs], feedforward_modules=inputs)
+        return adapt.attach(model, config, seed=seed)
+
+    def groups(self, names: Any) -> dict[str, dict[str, float]]:
+        """Decay would pull factors to zero, not to one: none."""
+        return {name: {"weight_decay": 0.0} for name in names}

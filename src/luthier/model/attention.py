@@ -1,0 +1,257 @@
+"""Attention over a prefix tree: every token sees its ancestors' segments and its own past, nothing else.
+
+Two interchangeable forms, checked against each other and against separate rows by tests:
+
+- `cascade` (CPU): the depth-first layout makes the descendants of a segment one slice, so one unmasked flash call
+  attends all of them to it, and segments of like length attend to themselves in one batched causal call. The parts
+  are joined by their log-sum-exps; the backward pass hands the *joined* output and log-sum-exp to the flash backward
+  of each part, which makes each part's gradient exact (as in ring attention, Liu et al. 2310.01889).
+- `dense` (any device): one boolean (tokens, tokens) mask through scaled_dot_product_attention; also what sliding
+  windows shorter than the pack use.
+
+The tree travels as an argument of the model's forward (`tree=`); without it this attention raises, since stock masks
+would cut packed rows from their prefix without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from luthier.errors import ModelError
+from luthier.records import Pack
+
+NAME = "luthier_tree"
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Own:
+    """Segments of like length that attend to themselves: `index` (segments, longest), `valid` None when unpadded."""
+
+    index: torch.Tensor
+    valid: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Tokens [first, last) attend to all of an ancestor's tokens [begin, end)."""
+
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+@dataclass
+class Tree:
+    """The shape of one pack, as attention needs it."""
+
+    size: int
+    deepest: int  # largest position
+    owns: list[Own]
+    crosses: list[Cross]
+    positions: torch.Tensor  # (tokens,)
+    segment: torch.Tensor  # (tokens,) segment of each token
+    ancestry: torch.Tensor  # (segments, segments) [s, a]: a is s or above it
+    form: str
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pack: Pack, device: torch.device | str = "cpu", form: str = "auto") -> Tree:
+        """Prepare a pack's shape; `form` is cascade, dense or auto (cascade on the CPU)."""
+        device = torch.device(device)
+        lengths = (pack.starts[1:] - pack.starts[:-1]).tolist()
+        starts, ends = pack.starts.tolist(), pack.ends.tolist()
+        crosses = [Cross(starts[s + 1], ends[s], starts[s], starts[s + 1]) for s in range(len(lengths)) if ends[s] > starts[s + 1]]
+        return cls(
+            size=len(pack),
+            deepest=int(pack.positions.max()),
+            owns=[_own(bucket, starts, lengths, device) for bucket in _buckets(lengths)],
+            crosses=crosses,
+            positions=torch.from_numpy(pack.positions).to(device),
+            segment=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device),
+            ancestry=_ancestry(pack.parents.tolist()).to(device),
+            form=("cascade" if device.type == "cpu" else "dense") if form == "auto" else form,
+        )
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """Boolean (tokens, tokens): may the row's token see the column's? Kept for the other layers."""
+        if window not in self._masks:
+            order = torch.arange(self.size, device=self.positions.device)
+            sees = self.ancestry[self.segment][:, self.segment] & (order[:, None] >= order[None, :])
+            if window is not None:
+                sees &= self.positions[:, None] - self.positions[None, :] < window
+            self._masks[window] = sees
+        return self._masks[window]
+
+
+def _buckets(lengths: list[int]) -> list[list[int]]:
+    """Group segments so that padding to a group's longest wastes little (none shorter than 0.6 of it)."""
+    groups: list[list[int]] = []
+    for segment in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
+        if groups and lengths[segment] >= 0.6 * lengths[groups[-1][0]]:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return groups
+
+
+def _own(bucket: list[int], starts: list[int], lengths: list[int], device: torch.device) -> Own:
+    longest = lengths[bucket[0]]
+    own = torch.tensor([lengths[s] for s in bucket])
+    index = torch.tensor([starts[s] for s in bucket])[:, None] + torch.arange(longest)
+    valid = torch.arange(longest) < own[:, None]
+    index = torch.where(valid, index, index[:, :1])  # padding repeats the first token; it is masked or thrown away
+    return Own(index.to(device), None if bool(valid.all()) else valid.to(device))
+
+
+def _ancestry(parents: list[int]) -> torch.Tensor:
+    table = torch.eye(len(parents), dtype=torch.bool)
+    for segment, parent in enumerate(parents):
+        if parent >= 0:
+            table[segment] |= table[parent]
+    return table
+
+
+class _Cascade(torch.autograd.Function):
+    """q (1, heads, tokens, size), k and v (1, key-value heads, tokens, size) -> (1, heads, tokens, size)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tree: Tree, scale: float) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=torch.float32)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        for own in tree.owns:
+            part, part_lse = _flash(_pick(q, own), _pick(k, own), _pick(v, own), 0.0, True, scale=scale)
+            _put(out[0], own, part)
+            _put(lse[0], own, part_lse)
+        for cross in tree.crosses:
+            part, part_lse = _flash(*_slices(cross, q, k, v), 0.0, False, scale=scale)
+            here, here_lse = out[:, :, cross.first : cross.last], lse[:, :, cross.first : cross.last]
+            # joined = sigma(a - b) a-part + sigma(b - a) b-part, in place
+            share = torch.sigmoid(part_lse - here_lse)
+            torch.logaddexp(here_lse, part_lse, out=here_lse)
+            torch.lerp(here, part.float(), share.unsqueeze(-1), out=here)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tree, ctx.scale = tree, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad, scale = grads[0].contiguous(), ctx.scale
+        grad_q, grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.float32) for t in (q, k, v))
+        for own in ctx.tree.owns:
+            upstream = _pick(grad, own)
+            if own.valid is not None:
+                upstream = upstream * own.valid[:, None, :, None]
+            parts = _flash_backward(
+                upstream, _pick(q, own), _pick(k, own), _pick(v, own), _pick(out, own), _pick(lse, own), 0.0, True, scale=scale
+            )
+            for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
+                _put(total[0], own, part)
+        for cross in ctx.tree.crosses:
+            rows = slice(cross.first, cross.last)
+            query, key, value = _slices(cross, q, k, v)
+            part_q, part_k, part_v = _flash_backward(
+                grad[:, :, rows], query, key, value, out[:, :, rows], lse[:, :, rows], 0.0, False, scale=scale
+            )
+            grad_q[:, :, rows] += part_q
+            grad_k[:, :, cross.begin : cross.end] += part_k
+            grad_v[:, :, cross.begin : cross.end] += part_v
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+
+
+def _pick(x: torch.Tensor, own: Own) -> torch.Tensor:
+    """(1, heads, tokens, ...) -> (segments, heads, longest, ...)."""
+    segments, longest = own.index.shape
+    if segments == 1:
+        first = int(own.index[0, 0])
+        return x[:, :, first : first + longest]
+    picked = x[0].index_select(1, own.index.flatten())
+    return picked.unflatten(1, (segments, longest)).transpose(0, 1)
+
+
+def _put(total: torch.Tensor, own: Own, part: torch.Tensor) -> None:
+    """Write (segments, heads, longest, ...) to (heads, tokens, ...). Each token has one own segment: no adding up."""
+    segments, longest = own.index.shape
+    if segments == 1:
+        first = int(own.index[0, 0])
+        total[:, first : first + longest] = part[0]
+        return
+    flat = part.transpose(0, 1).flatten(1, 2)
+    if own.valid is None:
+        total[:, own.index.flatten()] = flat.to(total.dtype)
+    else:
+        keep = own.valid.flatten()
+        total[:, own.index.flatten()[keep]] = flat[:, keep].to(total.dtype)
+
+
+def _slices(cross: Cross, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    keys = slice(cross.begin, cross.end)
+    return q[:, :, cross.first : cross.last], k[:, :, keys], v[:, :, keys]
+
+
+def tree_attention(
+    module: Any,
+    query: torch.Tensor,  # (1, heads, tokens, head size)
+    key: torch.Tensor,  # (1, key-value heads, tokens, head size)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tree: Tree | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls; returns (1, tokens, heads, head size)."""
+    if tree is None or attention_mask is not None:
+        raise ModelError("tree attention was called without its tree: pass `tree=` to the model's forward")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ModelError(f"{type(module).__name__} uses soft-capped or sink attention, which prefix trees do not share")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window if sliding_window is not None and tree.deepest >= sliding_window else None
+    if tree.form == "cascade" and window is None and not dropout:
+        mixed = _Cascade.apply(query, key, value, tree, scale)
+    else:
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=tree.mask(window), dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, tree_attention)
+
+
+def shares_prefixes(model: Any) -> str:
+    """Empty if prefix trees are exact for this architecture, else the reason why they are not."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{config.model_type} does not let its attention be exchanged"
+    if layers - KNOWN_LAYERS:
+        return f"{config.model_type} has layers other than attention ({', '.join(sorted(layers - KNOWN_LAYERS))})"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"{config.model_type} caps its attention logits"
+    return ""
+
+
+@contextmanager
+def attending(model: Any, name: str = NAME) -> Iterator[None]:
+    """Let the model use an attention of this name inside the block."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
