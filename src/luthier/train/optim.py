@@ -1,0 +1,184 @@
+"""AdamW on one flat float32 master copy of whatever learns, and schedules as pure functions of the step.
+
+A LoRA adapter is some 400 small tensors. Kept flat, one fused call updates them, one norm clips them, and sums of
+bf16 gradients are taken in float32 (performance section 4). The model's own (often bf16) parameters are rewritten
+from the master after every step, so small updates are never rounded away.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from luthier.errors import CheckpointError, TrainingError
+from luthier.spec import TrainSpec
+
+STATE = ("master", "exp_avg", "exp_avg_sq", "optimiser_step")
+
+
+def scale(step: int, total: int, *, schedule: str, warmup: float) -> float:
+    """Learning rate of the 0-based `step` as a share of the peak: a linear rise, then cosine, linear or constant."""
+    rising = min(math.ceil(warmup * total), max(0, total - 1))
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - rising) / max(1, total - rising))
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lives in the flat buffer."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.start + self.parameter.numel())
+
+
+class Master:
+    """The float32 truth of the trainable parameters, their gradient sum and AdamW's moments, each one flat tensor."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        settings: TrainSpec,
+        groups: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
+        if not parameters:
+            raise TrainingError("nothing is trainable", remedy="choose a method that adds or frees parameters")
+        self.settings = settings
+        wishes = {name: _wish(name, groups or {}, settings) for name in parameters}
+        # Sorting by wish makes each group one contiguous slice; by name makes the layout the same in every process.
+        ordered = sorted(parameters, key=lambda name: (wishes[name], name))
+        self.places: list[_Place] = []
+        start = 0
+        for name in ordered:
+            self.places.append(_Place(name, parameters[name], start, tuple(parameters[name].shape)))
+            start += parameters[name].numel()
+        device = self.places[0].parameter.device
+        self.master = torch.cat([p.parameter.detach().reshape(-1).to(device, torch.float32) for p in self.places])
+        self.grad = torch.zeros_like(self.master)
+        self.exp_avg = torch.zeros_like(self.master)
+        self.exp_avg_sq = torch.zeros_like(self.master)
+        self.optimiser_step = torch.zeros((), dtype=torch.float32, device=device)
+        self._views = [
+            (p.parameter, self.master[p.slice].view(p.shape), self.grad[p.slice].view(p.shape)) for p in self.places
+        ]
+        self._lr_scales: list[float] = []
+        self._optimiser = self._adamw(wishes)
+
+    def __len__(self) -> int:
+        return self.master.numel()
+
+    @property
+    def layout(self) -> list[list[object]]:
+        """Names and shapes in flat order: what a saved master can be checked against."""
+        return [[place.name, list(place.shape)] for place in self.places]
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the parameters' gradients into the float32 sum and clear them."""
+        for parameter, _, total in self._views:
+            if parameter.grad is not None:
+                total.add_(parameter.grad)
+                parameter.grad = None
+
+    def discard(self) -> None:
+        """Forget gradients that were collected or are still on the parameters."""
+        self.grad.zero_()
+        for parameter, _, _ in self._views:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, count: float, rate: float) -> float:
+        """Divide the gradient sum by `count`, clip, update at learning rate `rate`, write back; return the norm.
+
+        The norm is the one before clipping. A norm that is not finite changes nothing: the caller decides.
+        """
+        self.grad.div_(count)
+        norm = float(torch.linalg.vector_norm(self.grad))
+        if not math.isfinite(norm):
+            return norm
+        if norm > self.settings.clip:
+            self.grad.mul_(self.settings.clip / (norm + 1e-6))
+        for group, factor in zip(self._optimiser.param_groups, self._lr_scales, strict=True):
+            group["lr"] = rate * factor
+        self._optimiser.step()
+        self.grad.zero_()
+        self.optimiser_step += 1
+        self.write_back()
+        return norm
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Rewrite the model's parameters from the master, in their own dtype."""
+        for parameter, value, _ in self._views:
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything the optimiser remembers, as plain CPU tensors."""
+        return {name: getattr(self, name).detach().to("cpu", copy=True) for name in STATE}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put a `state()` back and rewrite the parameters; raise CheckpointError when it does not fit."""
+        for name in STATE:
+            own = getattr(self, name)
+            if name not in state or state[name].shape != own.shape or state[name].dtype != own.dtype:
+                raise CheckpointError(f"the saved '{name}' does not fit this adapter", remedy="start a new run")
+        for name in STATE:
+            getattr(self, name).copy_(state[name])
+        for held in self._optimiser.state.values():
+            held["step"].copy_(state["optimiser_step"])
+        self.discard()
+        self.write_back()
+
+    @torch.no_grad()
+    def set_values(self, master: torch.Tensor) -> None:
+        """Put other values in the master and the parameters; moments stay."""
+        if master.shape != self.master.shape:
+            raise CheckpointError("the saved values do not fit this adapter", remedy="start a new run")
+        self.master.copy_(master)
+        self.write_back()
+
+    def _adamw(self, wishes: Mapping[str, tuple[float, float]]) -> torch.optim.AdamW:
+        """One AdamW over contiguous slices that share memory with the flat buffers, one slice per distinct wish."""
+        groups = []
+        for wish in sorted(set(wishes.values())):
+            members = [place for place in self.places if wishes[place.name] == wish]
+            whole = slice(members[0].start, members[-1].slice.stop)
+            flat = torch.nn.Parameter(self.master[whole])
+            flat.grad = self.grad[whole]
+            groups.append((flat, whole, wish))
+        self._lr_scales = [wish[0] for _, _, wish in groups]
+        settings = self.settings
+        optimiser = torch.optim.AdamW(
+            [{"params": [flat], "weight_decay": wish[1]} for flat, _, wish in groups],
+            betas=settings.betas, fused=_fused(self.master.device),
+        )  # fmt: skip
+        for flat, whole, _ in groups:
+            step = self.optimiser_step.clone()
+            optimiser.state[flat] = {
+                "step": step if _fused(self.master.device) else step.cpu(),
+                "exp_avg": self.exp_avg[whole],
+                "exp_avg_sq": self.exp_avg_sq[whole],
+            }
+        return optimiser
+
+
+def _wish(name: str, groups: Mapping[str, Mapping[str, float]], settings: TrainSpec) -> tuple[float, float]:
+    own = groups.get(name, {})
+    return float(own.get("lr_scale", 1.0)), float(own.get("weight_decay", settings.weight_decay))
+
+
+def _fused(device: torch.device) -> bool:
+    return device.type in {"cpu", "cuda", "mps", "xpu"}
