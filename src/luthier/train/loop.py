@@ -174,7 +174,11 @@ class Training:
     def _advance(self) -> tuple[Step, bool]:
         """One optimiser step and, where it is due, a look at the dev rows; also whether it is the best so far."""
         begun = time.perf_counter()
-        batch = next(self.feed)
+        batch = next(self.feed, None)
+        if batch is None:
+            raise TrainingError(
+                f"the feed ended before step {self.feed.total_steps}", remedy="this is a defect of the feed"
+            )
         loss, count, norm, rate = self._optimise(batch)
         self.progress.step += 1
         seconds = time.perf_counter() - begun

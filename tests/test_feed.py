@@ -1,0 +1,128 @@
+"""Feeds: every row once an epoch, a position that fits in JSON, the same batches after it is restored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import toy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.errors import DataError
+from luthier.records import Example, Message, Origin, Rendered
+from luthier.train.feed import ShuffledFeed, StreamFeed
+
+
+def make(
+    count: int, batch_size: int, *, epochs: float = 2, max_steps: int | None = None, seed: int = 0
+) -> ShuffledFeed:
+    return ShuffledFeed(
+        toy.rows(count), batch_size=batch_size, seed=seed, epochs=epochs, max_steps=max_steps, budget=64
+    )
+
+
+def names(batch: Any) -> list[str]:
+    return sorted(row for one in batch.packs for row in one.rows)
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 3))
+def test_each_epoch_shows_each_row_once(count: int, batch_size: int, epochs: int) -> None:
+    feed = make(count, batch_size, epochs=epochs)
+    batches = list(feed)
+    assert len(batches) == feed.total_steps == epochs * feed.steps_per_epoch
+    assert sum(batch.examples for batch in batches) == epochs * count
+    for epoch in range(epochs):
+        part = batches[epoch * feed.steps_per_epoch : (epoch + 1) * feed.steps_per_epoch]
+        assert sorted(name for batch in part for name in names(batch)) == sorted(f"row{i}" for i in range(count))
+        assert part[-1].epoch == pytest.approx(epoch + 1)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    feed = make(20, 5)
+    assert feed.order(0) != feed.order(1) != make(20, 5, seed=1).order(1)
+    assert feed.order(0) == make(20, 7).order(0)
+
+
+def test_parts_of_an_epoch_and_max_steps() -> None:
+    assert make(20, 5, epochs=0.5).total_steps == 2
+    assert make(20, 5, epochs=0.01).total_steps == 1
+    assert make(20, 5, epochs=1.3).total_steps == 6
+    assert len(list(make(20, 5, epochs=9, max_steps=3))) == 3
+
+
+def test_a_restored_feed_goes_on_where_it_was() -> None:
+    whole = [names(batch) for batch in make(20, 6)]
+    feed = make(20, 6)
+    for _ in range(3):
+        next(feed)
+    state = json.loads(json.dumps(feed.state()))
+    other = make(20, 6)
+    other.restore(state)
+    assert [names(batch) for batch in other] == whole[3:]
+
+
+def test_branches_of_one_example_stay_in_one_step() -> None:
+    singles = toy.rows(12)
+    pairs = [singles[i : i + 2] for i in range(0, 12, 2)]
+    feed = ShuffledFeed(pairs, batch_size=2, seed=0, epochs=1, budget=64)
+    for batch in feed:
+        numbers = {int(name.removeprefix("row")) // 2 for name in names(batch)}
+        assert batch.examples == 2 == len(numbers) and len(names(batch)) == 4
+
+
+class Lines:
+    """A stream over a list with a cursor."""
+
+    def __init__(self, count: int) -> None:
+        origin = Origin("memory")
+        self.examples = [Example((Message("user", "q"), Message("assistant", str(i))), origin) for i in range(count)]
+        self.cursor = 0
+
+    def __iter__(self) -> Iterator[Example]:
+        while self.cursor < len(self.examples):
+            self.cursor += 1
+            yield self.examples[self.cursor - 1]
+
+    def state(self) -> dict[str, Any]:
+        return {"cursor": self.cursor}
+
+    def restore(self, state: Any) -> None:
+        self.cursor = state["cursor"]
+
+
+def render(example: Example) -> Rendered:
+    return Rendered((1, 2, 3 + int(example.answer)), (0.0, 0.0, 1.0), 2, example.answer)
+
+
+def stream(count: int = 7, max_steps: int = 6) -> StreamFeed:
+    return StreamFeed(Lines(count), render, batch_size=3, max_steps=max_steps, budget=64)
+
+
+def test_a_stream_starts_again_at_its_end() -> None:
+    batches = list(stream())
+    assert [names(batch) for batch in batches[:4]] == [
+        ["0", "1", "2"],
+        ["3", "4", "5"],
+        ["0", "1", "6"],
+        ["2", "3", "4"],
+    ]
+    assert [batch.epoch for batch in batches] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_restored_stream_goes_on_where_it_was(at: int) -> None:
+    whole = [names(batch) for batch in stream()]
+    feed = stream()
+    for _ in range(at):
+        next(feed)
+    other = stream()
+    other.restore(json.loads(json.dumps(feed.state())))
+    assert [names(batch) for batch in other] == whole[at:]
+
+
+def test_an_empty_stream_is_an_error() -> None:
+    with pytest.raises(DataError, match="no rows"):
+        next(stream(0))
