@@ -41,14 +41,12 @@ def find(shelf: str, name: str) -> type[contracts.Plugin]:
         raise UnknownName(f"no {shelf[:-1]} is called '{name}'", remedy=suggestion(name, names(shelf)))
     for point in _points(shelf):
         if point.name == name:
-            module_or_class = point.load()
+            module_or_class: Any = point.load()
             break
     else:
         module_or_class = importlib.import_module(f"luthier.{shelf}.{name}")
-    if inspect.isclass(module_or_class):
-        plugin = module_or_class
-    else:
-        plugin = _only_class(module_or_class, SHELVES[shelf])
+    own_file = not inspect.isclass(module_or_class)
+    plugin: type[contracts.Plugin] = _only_class(module_or_class, SHELVES[shelf]) if own_file else module_or_class
     plugin.name = name
     return plugin
 

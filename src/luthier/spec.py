@@ -36,7 +36,9 @@ class DataSpec(_Part):
     train: list[str] = Field(min_length=1, description="files to learn from")
     dev: float | list[str] = Field(0.15, description="share of train, or files: steers training and error browsing")
     test: float | list[str] = Field(0.15, description="share of train, or files: judged once, at the end")
-    format: str | None = Field(None, description="messages, sharegpt, alpaca, prompt_completion, qa, text; else detected")
+    format: str | None = Field(
+        None, description="messages, sharegpt, alpaca, prompt_completion, qa, text; else detected"
+    )
     columns: dict[str, str] | None = Field(None, description="{prompt: my_question_column, answer: my_answer_column}")
     tags: list[str] = Field(default_factory=list, description="columns to keep for slices of the report")
     system: str | None = Field(None, description="a system message for rows that have none (the task's instruction)")
@@ -102,12 +104,18 @@ class RunSpec(_Part):
 
     model: ModelSpec
     data: DataSpec
-    template: dict[str, Any] = Field(default_factory=lambda: {"name": "chat"}, description="chat, plain, alpaca, a .jinja file")
-    method: dict[str, Any] = Field(default_factory=lambda: {"name": "lora"}, description="lora, ia3 ... with its options")
+    template: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "chat"}, description="chat, plain, alpaca, a .jinja file"
+    )
+    method: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "lora"}, description="lora, ia3 ... with its options"
+    )
     objective: dict[str, Any] = Field(default_factory=lambda: {"name": "sft"}, description="sft ... with its options")
     train: TrainSpec = Field(default_factory=TrainSpec)
     evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
-    name: str = Field("", pattern=r"^([a-z0-9][a-z0-9._-]{0,63})?$", description="of the run; the YAML's name by default")
+    name: str = Field(
+        "", pattern=r"^([a-z0-9][a-z0-9._-]{0,63})?$", description="of the run; the YAML's name by default"
+    )
     runs: str = Field("runs", description="the folder that holds runs")
 
     @field_validator("model", mode="before")
@@ -155,7 +163,8 @@ class _Loader(yaml.SafeLoader):
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -174,7 +183,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a task YAML and apply `a.b=c` overrides; raise SpecError with every fault, each with its line."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError("there is no such task file", where=str(path), remedy="`luthier init DIR --data FILE` writes one")
+        raise UsageError(
+            "there is no such task file", where=str(path), remedy="`luthier init DIR --data FILE` writes one"
+        )
     text = path.read_text("utf-8-sig")
     written, lines = _parse(text, str(path))
     tree, faults = _resolve_aliases(written, lines, str(path))
@@ -186,7 +197,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     return resolve_paths(spec, path.parent)
 
 
-def build(tree: Mapping[str, Any], where: str = "", lines: Mapping[str, int] | None = None, faults: Sequence[Fault] = ()) -> RunSpec:
+def build(
+    tree: Mapping[str, Any], where: str = "", lines: Mapping[str, int] | None = None, faults: Sequence[Fault] = ()
+) -> RunSpec:
     """Validate a plain dictionary; raise SpecError with all faults, in the order of the file."""
     found = list(faults)
     spec = None
@@ -244,7 +257,9 @@ def json_schema() -> dict[str, Any]:
             options = registry.find(shelf, name).Options.model_json_schema()
             properties = {"name": {"const": name}, **options.get("properties", {})}
             required = ["name", *options.get("required", [])]
-            choices.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
+            choices.append(
+                {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+            )
         schema["properties"][key] = {"description": schema["properties"][key].get("description", ""), "anyOf": choices}
     schema["$defs"]["ModelSpec"] = {"anyOf": [{"type": "string"}, schema["$defs"]["ModelSpec"]]}
     schema["$defs"]["DataSpec"]["properties"]["train"] = {
@@ -328,7 +343,13 @@ def _schema_faults(error: ValidationError) -> list[Fault]:
         name = ".".join(path)
         if item["type"] == "extra_forbidden":
             known = [*fields, *(ALIASES if len(path) == 1 else ())]
-            faults.append(Fault(name, "is not a known setting", registry.suggestion(path[-1], fields) if len(path) > 1 else _near(path[-1], known, fields)))
+            faults.append(
+                Fault(
+                    name,
+                    "is not a known setting",
+                    registry.suggestion(path[-1], fields) if len(path) > 1 else _near(path[-1], known, fields),
+                )
+            )
         elif item["type"] == "missing":
             description = fields[path[-1]].description if path[-1] in fields else ""
             faults.append(Fault(name, "is missing", description or ""))
@@ -366,9 +387,13 @@ def _combinations(spec: RunSpec) -> list[Fault]:
     """Settings that are each fine and cannot stand together."""
     faults = []
     if spec.data.stream and spec.train.max_steps is None:
-        faults.append(Fault("train.max_steps", "is needed with data.stream", "the length of a stream is not known before"))
+        faults.append(
+            Fault("train.max_steps", "is needed with data.stream", "the length of a stream is not known before")
+        )
     if spec.data.stream and not (isinstance(spec.data.dev, list) and isinstance(spec.data.test, list)):
-        faults.append(Fault("data.dev", "must be files with data.stream", "a stream is not split: name dev and test files"))
+        faults.append(
+            Fault("data.dev", "must be files with data.stream", "a stream is not split: name dev and test files")
+        )
     shares = [value for value in (spec.data.dev, spec.data.test) if isinstance(value, float)]
     if sum(shares) >= 0.9:
         faults.append(Fault("data.test", "leaves too little to learn from", "dev and test together below 0.9"))

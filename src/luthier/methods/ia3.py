@@ -17,7 +17,7 @@ DOWN = ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "wo")
 class Options(contracts.Options):
     """(IA)^3's settings."""
 
-    target_modules: list[str] | None = Field(None, description="layers whose outputs are scaled; found by name if absent")
+    target_modules: list[str] | None = Field(None, description="layers whose outputs are scaled; else found by name")
     feedforward_modules: list[str] | None = Field(None, description="layers whose inputs are scaled; found by name")
 
 

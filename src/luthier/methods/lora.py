@@ -13,8 +13,8 @@ class Options(contracts.Options):
     """LoRA's settings; the defaults suit a hundred to some thousand rows."""
 
     rank: int = Field(16, ge=1, le=1024, description="width of the update; more adapts more, rarely better")
-    alpha: float | None = Field(None, gt=0, description="scale of the update is alpha / rank; twice the rank by default")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the update's input; under sharing exact only in expectation")
+    alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default 2 rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the update's input; under sharing exact in expectation")
     target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="which layers get an update")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank), for ranks of 32 and more (2312.03732)")
 

@@ -120,7 +120,7 @@ def read_config(folder: Path) -> PeftConfig:
     faults = [
         Fault(key, f"is set to {value!r}, which luthier does not load")
         for key, value in written.items()
-        if key not in ALLOWED and value not in (None, False, [], {}) and value != default.get(key, value if key not in known else object())
+        if key not in ALLOWED and value not in (None, False, [], {}, default.get(key))
     ]
     if not isinstance(written.get("init_lora_weights", True), bool):
         written["init_lora_weights"] = True

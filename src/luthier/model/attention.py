@@ -16,7 +16,7 @@ would cut packed rows from their prefix without a word.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +71,11 @@ class Tree:
         device = torch.device(device)
         lengths = (pack.starts[1:] - pack.starts[:-1]).tolist()
         starts, ends = pack.starts.tolist(), pack.ends.tolist()
-        crosses = [Cross(starts[s + 1], ends[s], starts[s], starts[s + 1]) for s in range(len(lengths)) if ends[s] > starts[s + 1]]
+        crosses = [
+            Cross(starts[s + 1], ends[s], starts[s], starts[s + 1])
+            for s in range(len(lengths))
+            if ends[s] > starts[s + 1]
+        ]
         return cls(
             size=len(pack),
             deepest=int(pack.positions.max()),
@@ -154,9 +158,8 @@ class _Cascade(torch.autograd.Function):
             upstream = _pick(grad, own)
             if own.valid is not None:
                 upstream = upstream * own.valid[:, None, :, None]
-            parts = _flash_backward(
-                upstream, _pick(q, own), _pick(k, own), _pick(v, own), _pick(out, own), _pick(lse, own), 0.0, True, scale=scale
-            )
+            saved = (_pick(t, own) for t in (q, k, v, out, lse))
+            parts = _flash_backward(upstream, *saved, 0.0, True, scale=scale)
             for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
                 _put(total[0], own, part)
         for cross in ctx.tree.crosses:
@@ -177,8 +180,8 @@ def _pick(x: torch.Tensor, own: Own) -> torch.Tensor:
     if segments == 1:
         first = int(own.index[0, 0])
         return x[:, :, first : first + longest]
-    picked = x[0].index_select(1, own.index.flatten())
-    return picked.unflatten(1, (segments, longest)).transpose(0, 1)
+    picked: torch.Tensor = x[0].index_select(1, own.index.flatten())
+    return picked.view(picked.shape[0], segments, longest, *picked.shape[2:]).transpose(0, 1)
 
 
 def _put(total: torch.Tensor, own: Own, part: torch.Tensor) -> None:
@@ -224,7 +227,13 @@ def tree_attention(
         mixed = _Cascade.apply(query, key, value, tree, scale)
     else:
         mixed = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=tree.mask(window), dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            attn_mask=tree.mask(window),
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     return mixed.transpose(1, 2).contiguous(), None
 
@@ -255,3 +264,9 @@ def attending(model: Any, name: str = NAME) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def recompute_activations(model: Any) -> None:
+    """Turn gradient checkpointing on. Layers are run again during backward, and then need the tree's attention too."""
+    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), attending(model))}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

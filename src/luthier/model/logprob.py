@@ -33,7 +33,8 @@ def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
         return _separate(model, body, batch)
     with attending(model):
         out = body(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, tree=batch.tree)
-    return out.last_hidden_state[0]
+    states: torch.Tensor = out.last_hidden_state[0]
+    return states
 
 
 def _separate(model: Any, body: Any, batch: Batch) -> torch.Tensor:
@@ -80,9 +81,15 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, factor: float, chunk: int
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        factor: float,
+        chunk: int,
     ) -> torch.Tensor:
-        needs = states.requires_grad and torch.is_grad_enabled() or ctx.needs_input_grad[0]
+        needs = ctx.needs_input_grad[0]
         slope = torch.empty_like(states) if needs else None
         result = torch.empty(len(states), dtype=torch.float32, device=states.device)
         for first in range(0, len(states), chunk):

@@ -45,7 +45,7 @@ def plan(rendered: Sequence[Rendered], *, budget: int, share: bool = True) -> li
         return []
     rows.sort(key=lambda row: row.ids)
     common = [0, *(_common(a.ids, b.ids) if share else 0 for a, b in itertools.pairwise(rows))]
-    return [_lay_out(rows[lo:hi], [0, *common[lo + 1 : hi]]) for lo, hi in _cut(rows, common, budget)]
+    return [pack for lo, hi in _cut(rows, common, budget) for pack in _within(rows, common, lo, hi, budget)]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,15 @@ def _cut(rows: Sequence[_Row], common: Sequence[int], budget: int) -> list[tuple
             start, cost, more = index, 0, len(row.ids)
         cost += more
     return [*ranges, (start, len(rows))]
+
+
+def _within(rows: Sequence[_Row], common: Sequence[int], lo: int, hi: int, budget: int) -> list[Pack]:
+    """Lay out rows [lo, hi); halve them where prefixes too short to share made the pack larger than was counted."""
+    pack = _lay_out(rows[lo:hi], [0, *common[lo + 1 : hi]])
+    if len(pack) <= budget or hi - lo == 1:
+        return [pack]
+    middle = (lo + hi) // 2
+    return [*_within(rows, common, lo, middle, budget), *_within(rows, common, middle, hi, budget)]
 
 
 @dataclass

@@ -73,7 +73,9 @@ class Training:
         trainable = adapted.trainable()
         self._master = Master(trainable, settings, method.groups(list(trainable)) if method else None)
         if settings.checkpointing:
-            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            from luthier.model.attention import recompute_activations
+
+            recompute_activations(self._model)
         self._dev_packs = dev_packs or ()
         self._checkpoints = checkpoints
         self._loss_of = loss_of or _loss_of(self._model, objective, self.device)

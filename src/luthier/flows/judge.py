@@ -1,0 +1,125 @@
+"""Let systems answer the held-out rows: the base, the base with examples shown, the tuned model. Answers are kept.
+
+A system's answers are stored with a key of everything that decided them, so a resumed run or a new metric pays for
+no token twice.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier import registry, store
+from luthier.contracts import Scorer, Template
+from luthier.evaluate import predict
+from luthier.flows.events import Answering, Listener
+from luthier.records import Completion, Example, Message, Prediction
+from luthier.spec import EvaluateSpec
+from luthier.text.render import render_prompt
+from luthier.text.tokenizer import Tokenizer
+
+MARGIN = 1.5  # room over the 99th percentile of the wanted answers' lengths
+LEAST_TOKENS = 16
+
+
+@dataclass
+class Judge:
+    """The items, the way they are asked, and the scorers."""
+
+    examples: Sequence[Example]
+    shots_from: Sequence[Example]  # training rows: what few-shot prompts show, and how long answers are
+    template: Template
+    tokenizer: Tokenizer
+    settings: EvaluateSpec
+    folder: Path  # where answers are kept
+    identity: dict[str, Any]  # base, template and tokenizer hashes: part of every key
+    context: int | None = None  # tokens the model can read
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [self.settings.primary, *(name for name in self.settings.also if name != self.settings.primary)]
+        self.scorers: dict[str, Scorer] = {name: registry.make("scorers", name) for name in names}
+        if self.settings.limit:
+            self.examples = sorted(self.examples, key=lambda example: example.id)[: self.settings.limit]
+        self.max_new_tokens = self.settings.max_new_tokens or self._usual_length()
+        self.shots = self._shots()
+
+    def answers(
+        self, system: str, model: Any, listener: Listener, *, key: Any, shots: bool = False
+    ) -> list[Prediction]:
+        """Answers of one system with scores, from the store where nothing that matters has changed."""
+        prompts = [self.prompt(example, shots) for example in self.examples]
+        decoding = {"max_new_tokens": self.max_new_tokens, "temperature": 0.0, "batch_size": self.settings.batch_size}
+        wanted = store.content_hash([self.identity, decoding, key, prompts, [e.id for e in self.examples]])
+        path = self.folder / f"{system}.jsonl"
+        about = self.folder / f"{system}.json"
+        told = store.read_json(about) if about.exists() and path.exists() else {}
+        if told.get("key") == wanted:
+            self.seconds[system] = told["seconds"]
+            return self.scored(predict.load(path))
+        started = time.perf_counter()
+        completions = self._generate(model, prompts, lambda done: listener(Answering(system, done, len(prompts))))
+        self.seconds[system] = time.perf_counter() - started
+        predictions = predict.pair(self.examples, completions)
+        predict.save(path, predictions)
+        store.write_json(about, {"key": wanted, "seconds": self.seconds[system], **decoding})
+        return self.scored(predictions)
+
+    def scored(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        """Fill in the scores."""
+        return predict.score_all(predictions, self.scorers, self.examples)
+
+    def prompt(self, example: Example, shots: bool = False) -> tuple[int, ...]:
+        """Token ids of an item's prompt, with the shown examples between system message and question if asked."""
+        turns = example.prompt
+        if shots:
+            system = tuple(m for m in turns if m.role == "system")
+            shown = (m for shot in self.shots for m in shot.messages if m.role != "system")
+            turns = (*system, *shown, *(m for m in turns if m.role != "system"))
+        return render_prompt(turns, example.tools, self.template, self.tokenizer)
+
+    def _generate(
+        self, model: Any, prompts: Sequence[Sequence[int]], on_done: Callable[[int], None]
+    ) -> list[Completion]:
+        from luthier.model.generate import generate
+
+        return generate(
+            model,
+            prompts,
+            decode=lambda ids: self.tokenizer.decode(ids).strip(),
+            stop_ids=self.tokenizer.stop_ids,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.settings.batch_size,
+            on_done=on_done,
+        )
+
+    def _usual_length(self) -> int:
+        golds = [*self.examples, *self.shots_from[:2000]]
+        lengths = sorted(len(self.tokenizer.encode(example.answer)) + 1 for example in golds)
+        if not lengths:
+            return LEAST_TOKENS
+        return max(LEAST_TOKENS, math.ceil(MARGIN * lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]))
+
+    def _shots(self) -> list[Example]:
+        """Examples to show: of middling length, chosen by content, so that the choice is fixed and unremarkable."""
+        alone = [e for e in self.shots_from if sum(m.role == "assistant" for m in e.messages) == 1 and e.prompt]
+        by_length = sorted(alone, key=lambda e: (len(e.question) + len(e.answer), e.id))
+        middle = by_length[len(by_length) // 4 : max(1, 3 * len(by_length) // 4)]
+        return sorted(middle, key=lambda e: e.id)[: self.settings.few_shot]
+
+    def fits(self) -> bool:
+        """Whether few-shot prompts leave room for an answer within the model's context."""
+        if not self.shots:
+            return False
+        longest = max((len(self.prompt(example, True)) for example in self.examples), default=0)
+        return self.context is None or longest + self.max_new_tokens <= self.context
+
+
+def user_turns(text: str, system: str | None) -> tuple[Message, ...]:
+    """A question as messages, under the task's instruction where there is one."""
+    head = (Message("system", system),) if system else ()
+    return (*head, Message("user", text))

@@ -1,0 +1,1 @@
+"""Kept adapters: their cards, later the library of many and the way to the right one."""
