@@ -12,18 +12,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
 import torch
 import toy
 from toy import Toy
 
+from luthier import registry
 from luthier.contracts import Method
 from luthier.errors import TrainingError
 from luthier.records import Loss
 from luthier.text import pack
 from luthier.train.checkpoint import Checkpoints
 from luthier.train.feed import ShuffledFeed
+from luthier.train.loop import Training
 from luthier.train.optim import scale
 
 
@@ -111,7 +114,9 @@ def test_evaluation_runs_without_dropout_and_leaves_no_trace() -> None:
             twin = Toy()
             twin.model = calm
             parts = [twin.loss(one) for one in dev()]
-            assert step.dev_loss == pytest.approx(float(sum(p.sum for p in parts) / sum(p.count for p in parts)))
+            assert step.dev_loss == pytest.approx(
+                float(sum(p.sum.detach() for p in parts)) / sum(p.count for p in parts)
+            )
     assert looked == plain
     assert not subject.model.training
 
@@ -250,6 +255,28 @@ def test_breaking_off_gives_signals_back() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def adapted_run(**changes) -> tuple[dict[str, torch.Tensor], list[float], int]:
+    """Train a LoRA through the real forward pass; return its values, losses and how often the first layer ran."""
+    lora = registry.make("methods", {"name": "lora", "rank": 4, "dropout": 0.2})
+    net, passes = networks.network("llama"), []
+    net.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    adapted = lora.attach(net, seed=1)
+    asked = toy.settings(max_steps=4, **changes)
+    steps = list(Training(adapted, registry.make("objectives", "sft"), toy.feed(asked), asked, method=lora))
+    values = {name: p.detach().clone() for name, p in adapted.trainable().items()}
+    return values, [step.loss for step in steps], len(passes)
+
+
+def test_checkpointing_changes_memory_and_not_the_result() -> None:
+    """Dropout included: a recomputed layer drops what it dropped before."""
+    kept, losses, once = adapted_run()
+    recomputed, again, twice = adapted_run(checkpointing=True)
+    assert twice == 2 * once
+    assert again == pytest.approx(losses, rel=1e-6)
+    for name, value in kept.items():
+        torch.testing.assert_close(recomputed[name], value, rtol=1e-5, atol=1e-6)
+
+
 TWO_RANKS = """
 import sys
 from pathlib import Path
@@ -258,6 +285,7 @@ import toy, torch
 from luthier.text import pack
 from luthier.train.checkpoint import Checkpoints
 from luthier.train.feed import ShuffledFeed
+from luthier.train.loop import Training
 torch.set_num_threads(1)
 subject = toy.Toy(dropout=float(sys.argv[3]))
 asked = toy.settings(eval_every=3)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import networks
 import pytest
 import torch
 import toy
 
-from luthier.train.plan import ModelFacts, Tally, flops, measure, peak_bytes, plan, tally, tally_packs
+from luthier.train.plan import (
+    ModelFacts,
+    Tally,
+    facts_of,
+    facts_of_folder,
+    flops,
+    measure,
+    peak_bytes,
+    plan,
+    tally,
+    tally_packs,
+)
 
 SMOL = ModelFacts(
     parameters=134_515_008, body=106_203_456, layers=30, hidden=576, feed_forward=1536, vocabulary=49_152, bytes_per_weight=2
@@ -61,3 +75,12 @@ def test_the_tally_of_a_sample_is_close_to_the_run() -> None:
 def test_this_machine_multiplies() -> None:
     small = ModelFacts(1, 1, 1, 64, 128, 10, 4)
     assert 0.01 < measure(small, dtype=torch.float32, seconds=0.01) < 1e6
+
+
+@pytest.mark.parametrize("kind", networks.KINDS)
+def test_sizes_read_from_a_folder_are_those_of_the_loaded_model(tmp_path: Path, kind: str) -> None:
+    model = networks.network(kind)
+    model.save_pretrained(tmp_path)
+    facts = facts_of(model)
+    assert facts_of_folder(tmp_path, bytes_per_weight=4) == facts
+    assert facts.body == sum(p.numel() for name, p in model.named_parameters() if "layers" in name or "norm" in name)

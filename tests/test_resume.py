@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -13,6 +15,7 @@ from toy import Toy
 
 from luthier.records import Pack
 from luthier.text import pack
+from luthier.train import rng
 from luthier.train.checkpoint import Checkpoints, Found, Snapshot
 
 TOTAL = 12
@@ -155,3 +158,22 @@ def test_every_part_of_the_state_is_needed(tmp_path: Path, part: str) -> None:
     train(tmp_path / "cut", dtype=torch.float32, until=8)
     resumed_end, _, _ = train(tmp_path / "cut", dtype=torch.float32, resume=True, kind=Forgetful)
     assert (resumed_end == end) == (part == "nothing")
+
+
+def test_every_generator_comes_back_where_it_stood() -> None:
+    """An odd number of normal draws, so that the kept halves of pairs matter too."""
+    device = torch.device("cpu")
+
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), float(torch.randn(()))]
+
+    draw()
+    state = rng.capture(device)
+    first, second = draw(), draw()
+    rng.restore(state, device)
+    assert [draw(), draw()] == [first, second]
+    with rng.aside(1, device):
+        draw()
+    third = draw()
+    rng.restore(state, device)
+    assert [draw(), draw(), draw()] == [first, second, third]

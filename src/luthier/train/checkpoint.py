@@ -31,8 +31,11 @@ NAME = re.compile(r"^step-(\d{7,})$")
 FORMAT = 1
 ROOM_TO_START = 2.0  # checkpoints' worth of free space before the first step
 ROOM_TO_SAVE = 2.2  # and before each save: the new one, while the old ones still stand
-FREE_OF_CHOICE = {"runs", "name", "evaluate", "model.device", "train.save_every", "train.keep", "train.report_to",
-                  "train.threads", "train.tokens_per_pack", "data.train", "data.dev", "data.test"}  # fmt: skip
+# Settings that cannot change what is learned, or that the hashes of data and base speak for.
+FREE_OF_CHOICE = {
+    "runs", "name", "evaluate", "model.name", "model.revision", "model.device", "data.train", "data.dev", "data.test",
+    "train.save_every", "train.keep", "train.report_to", "train.threads", "train.tokens_per_pack",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,15 @@ its inputs (not 2 N more for its weights), an adapter all three; the head is pai
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from luthier.errors import ModelError
 from luthier.records import Pack
 from luthier.train.feed import ShuffledFeed
 
@@ -20,6 +24,7 @@ REACHED = (0.35, 0.5, 0.75)
 RUNTIME = 450e6  # bytes of interpreter, torch and transformers before any weight
 SPREAD = 0.25  # of the memory forecast
 CHUNK = 512  # supervised positions whose logits are alive together
+LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 SAMPLE = 6  # steps whose packs are planned to learn what sharing will bring
 
 
@@ -84,6 +89,27 @@ def facts_of(model: Any) -> ModelFacts:
         feed_forward=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
         bytes_per_weight=weights[0].element_size(),
+    )
+
+
+def facts_of_folder(folder: Path, *, bytes_per_weight: int = 2) -> ModelFacts:
+    """Read the sizes from a model folder without loading it (and without torch): its config and tensor headers."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = config.get("text_config", config)
+    shapes = [shape for path in sorted(folder.glob("*.safetensors")) for shape in _shapes(path)]
+    if not shapes:
+        raise ModelError("holds no safetensors weights", where=str(folder))
+    vocabulary, hidden = int(config["vocab_size"]), int(config["hidden_size"])
+    outer = sum(math.prod(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocabulary)
+    total = sum(math.prod(shape) for shape in shapes)
+    return ModelFacts(
+        parameters=total,
+        body=total - outer,
+        layers=int(config["num_hidden_layers"]),
+        hidden=hidden,
+        feed_forward=int(config.get("intermediate_size") or 4 * hidden),
+        vocabulary=vocabulary,
+        bytes_per_weight=bytes_per_weight,
     )
 
 
@@ -179,6 +205,16 @@ def measure(facts: ModelFacts, *, dtype: Any, device: Any = "cpu", seconds: floa
     while time.perf_counter() < ends:
         times.append(once())
     return work / sorted(times)[len(times) // 2] / 1e9
+
+
+def _shapes(path: Path) -> list[list[int]]:
+    """Shapes of the tensors of a safetensors file, from its header: 8 bytes of length, then JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise ModelError("is not a safetensors file", where=str(path))
+        header = json.loads(file.read(length))
+    return [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
 
 
 def _kept_per_layer(facts: ModelFacts) -> int:
