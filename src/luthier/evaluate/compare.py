@@ -254,10 +254,14 @@ def _numbered(clusters: Sequence[Hashable]) -> NDArray[np.intp]:
 
 
 def _detectable(difference: Array, groups: NDArray[np.intp]) -> float:
-    """Smallest true gain seen with 80 % power: 2.80 sqrt(delta deff / n), half an item added to each side."""
+    """Smallest true gain seen with 80 % power: 2.80 sqrt(v deff / n), half an item added to each side.
+
+    v is the variance of the differences. For small gains it is the share of items that differ, as the reference has
+    it; for large ones that share would count the gain itself as noise.
+    """
     n = len(difference)
-    delta = float(((difference**2).sum() + 1) / (n + 2))
-    return min(1.0, POWER * float(np.sqrt(delta * design_effect(difference, groups) / n)))
+    square, mean = ((difference**2).sum() + 1) / (n + 2), difference.sum() / (n + 2)
+    return min(1.0, POWER * float(np.sqrt((square - mean**2) * design_effect(difference, groups) / n)))
 
 
 def design_effect(difference: Array, groups: NDArray[np.intp]) -> float:

@@ -68,6 +68,25 @@ def self_check(scorers: Mapping[str, Scorer], golds: Sequence[str]) -> dict[str,
     return chance
 
 
+def clusters_of(predictions: Sequence[Prediction]) -> list[str]:
+    """Name every item's independent group: items that share a lineage root, directly or through others, share it."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        parent.setdefault(name, name)
+        while parent[name] != name:
+            parent[name] = name = parent[parent[name]]
+        return name
+
+    heads = []
+    for item in predictions:
+        roots = item.lineage or (item.example_id,)
+        for other in roots[1:]:
+            parent[root(other)] = root(roots[0])
+        heads.append(roots[0])
+    return [root(head) for head in heads]
+
+
 def save(path: Path, predictions: Iterable[Prediction]) -> None:
     """Write predictions as JSON lines, atomically."""
     store.write_jsonl(path, [dataclasses.asdict(item) for item in predictions])
