@@ -54,6 +54,8 @@ def answer(example: Example, rng: random.Random, skill: float) -> Completion:
     gold = json.loads(example.answer)
     wrong = record(rng)
     told = {key: value if rng.random() < skill else wrong[key] for key, value in gold.items()}
+    if rng.random() < 0.06:
+        return Completion(json.dumps(gold if skill < 0.5 else {**gold, "problem": "other"}))
     if skill < 0.5:
         style = rng.random()
         if style < 0.35:
@@ -124,6 +126,7 @@ def build(skill: float = 0.95, base_skill: float = 0.3, count: int = 170, draws:
             "near_duplicates": 11,
             "files": [{"file": "desk.jsonl", "encoding": "utf-8", "sha256": "9f2c4e1ab07d33d1"}],
         },
+        "training": {"best_step": 120, "restored_step": 120, "ended": "complete", "overfit": ""},
         "ledger": {"opened": 1},
         "provenance": {
             "base_hash": "41c9a7b6d0aa91f2",

@@ -24,7 +24,7 @@ SHOWN, SHOWN_LENGTH = 3, 600
 
 
 def guards(predictions: Sequence[Prediction], shown: Sequence[Prediction] = ()) -> dict[str, dict[str, Any]]:
-    """Share of answers that each guard catches, whether it is red, and up to three raw outputs.
+    """Share of answers that each guard catches, whether it is red, and up to three different raw outputs.
 
     Raw outputs come from `shown` where it has caught ones (dev rows, say), else from the judged answers themselves.
     """
@@ -34,7 +34,7 @@ def guards(predictions: Sequence[Prediction], shown: Sequence[Prediction] = ()) 
         if not told:
             continue
         share = sum(told) / len(told)
-        outputs = [item.text[:SHOWN_LENGTH] for item in (*shown, *predictions) if caught(item)][:SHOWN]
+        outputs = dict.fromkeys(item.text[:SHOWN_LENGTH] for item in (*shown, *predictions) if caught(item))
         found[name] = {
             "share": share,
             "count": sum(told),
@@ -42,7 +42,7 @@ def guards(predictions: Sequence[Prediction], shown: Sequence[Prediction] = ()) 
             "limit": LIMITS[name],
             "red": share > LIMITS[name],
             "meaning": MEANING[name],
-            "outputs": outputs if share else [],
+            "outputs": list(outputs)[:SHOWN] if share else [],
         }
     return found
 

@@ -25,6 +25,7 @@ def training_of(steps: Steps, outcome: Mapping[str, Any]) -> dict[str, Any]:
         "epochs": steps[-1]["epoch"],
         "best_step": outcome.get("best_step") or (int(best[0]) if best else None),
         "best_dev_loss": outcome.get("best_dev_loss") or (best[1] if best else None),
+        "restored_step": outcome.get("restored_step"),
         "overfit": outcome.get("overfit", _overfit(dev)),
         "ended": outcome.get("ended", ""),
         "trainable": outcome.get("trainable"),

@@ -66,6 +66,11 @@ def _short(text: str, length: int = LONGEST) -> str:
     return text if len(text) <= length else f"{text[:length]} \u2026 ({len(text) - length:,} more characters)"
 
 
+def _unbroken(text: str) -> str:
+    """Keep numbers and their units on one line."""
+    return text.replace(" %", "\u00a0%").replace(" = ", "\u00a0=\u00a0").replace(" points", "\u00a0points")
+
+
 def _size(count: float) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
@@ -92,6 +97,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.filters |= {
         **filters,
         "short": _short,
+        "unbroken": _unbroken,
         "bytes": _size,
         "duration": _duration,
         "rounded": wording.rounded,

@@ -9,6 +9,7 @@ from typing import Any
 Point = tuple[float, float]
 CURVE = {"width": 720.0, "height": 260.0, "left": 52.0, "right": 14.0, "top": 14.0, "bottom": 34.0}
 FLOW = {"width": 720.0, "height": 240.0, "gap": 18.0, "bar": 12.0, "side": 150.0}
+LABEL_X, LABEL_Y = 0.297, 0.156  # a point of the ribbons' curve before they cross: t = 1/4
 
 
 def curve(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,7 +58,10 @@ def flow(counts: Mapping[str, int]) -> dict[str, Any]:
             "cell": cell,
             "count": counts[cell],
             "path": _ribbon(ends, left[cell], right[cell], counts[cell] * unit),
-            "middle": (sum(ends) / 2, (left[cell] + right[cell] + counts[cell] * unit) / 2),
+            "label": (
+                ends[0] + LABEL_X * (ends[1] - ends[0]),
+                left[cell] + LABEL_Y * (right[cell] - left[cell]) + counts[cell] * unit / 2,
+            ),
             "thick": counts[cell] * unit,
         }
         for cell in ("kept", "stuck", "fixed", "broken")

@@ -21,7 +21,7 @@ from luthier.evaluate.transitions import CELLS, Item, Transitions, transitions, 
 from luthier.records import Prediction
 
 FORMAT = 1
-LABELS = {"base": "base model", "base_few_shot": "base model, shown examples", "tuned": "tuned model"}
+LABELS = {"base": "base model", "base_few_shot": "base model with examples", "tuned": "tuned model"}
 KEPT_ITEMS = {"broken": 60, "stuck": 60, "fixed": 30, "kept": 15}  # items of each cell that a report carries
 SHARED_LENGTH = 40  # characters that all questions begin with before they are shown once
 
@@ -94,7 +94,7 @@ def sentence(report: Mapping[str, Any]) -> str:
     if few:
         low, high = wording.points(few["low"], sign=False), wording.points(few["high"], sign=False)
         text += (
-            f" Against {report['labels']['base_few_shot']} ({wording.percent(few['base'])}) the difference is "
+            f" Against the {report['labels']['base_few_shot']} ({wording.percent(few['base'])}) the difference is "
             f"{wording.points(few['difference'])} points ({low} to {high})."
         )
     return text

@@ -36,7 +36,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     between = f"between {points(found['low'])} and {points(found['high'])} points (95 %, n = {n})"
     if found["verdict"] == "same":
         return f"{metric} is the same within 2 points: {base} before, {tuned} after, the difference is {between}"
-    head = f"cannot tell whether {metric} changed: {base} before, {tuned} after, the true difference lies {between}"
+    head = f"Cannot tell whether {metric} changed: {base} before, {tuned} after, the true difference lies {between}"
     return head + _more(found["needed"])
 
 

@@ -54,9 +54,12 @@ def words(text: str) -> list[str]:
 
 
 def script(text: str) -> str:
-    """The space-free script that at least a third of the letters belong to, else `spaced`."""
-    letters = [unspaced(character) for character in text if character.isalpha()]
-    for name in sorted(set(letters) - {""}):
-        if letters.count(name) * 3 >= len(letters):
+    """Name the space-free script that the text is written in, else `spaced`.
+
+    A third of the words make a script; a tenth is enough for kana, since Japanese is half Han.
+    """
+    found = [unspaced(word[0]) for word in words(text)]
+    for name in ("kana", *sorted(set(found) - {"", "kana"})):
+        if found.count(name) >= max(1.0, len(found) * (0.1 if name == "kana" else 1 / 3)):
             return name
     return "spaced"
