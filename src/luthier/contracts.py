@@ -52,6 +52,7 @@ class TextTools(Protocol):
 
     chat_template: str | None
     bos: str
+    start: str  # what the tokenizer puts before every text by itself: BOS or nothing
     eos: str
     ends: tuple[str, ...]  # texts of the tokens that end a turn, most usual first
 

@@ -18,21 +18,28 @@ from jinja2.visitor import NodeTransformer
 
 from luthier.text.sandbox import Refused, budget
 
+_STRING = """
+    strip lstrip rstrip split rsplit splitlines startswith endswith upper lower title capitalize swapcase casefold
+    replace join find rfind index rindex count partition rpartition removeprefix removesuffix format isascii isdigit
+    isalpha isalnum isdecimal isnumeric isspace isupper islower istitle isidentifier
+"""
+_KEPT_FILTERS = """
+    abs capitalize count d default dictsort e escape first float int items join last length list lower map max min
+    reject rejectattr replace reverse safe select selectattr sort string title trim unique upper
+"""
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 _METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
-        "strip lstrip rstrip split rsplit splitlines startswith endswith upper lower title capitalize swapcase "
-        "casefold replace join find rfind index rindex count partition rpartition removeprefix removesuffix isdigit "
-        "isalpha isalnum isdecimal isnumeric isspace isupper islower istitle isidentifier isascii format".split()
-    ),
+    str: frozenset(_words(_STRING)),
     dict: frozenset(["get", "items", "keys", "values"]),
     list: frozenset(["index", "count"]),
     tuple: frozenset(["index", "count"]),
 }
 _OPEN = (Namespace, Undefined, LoopContext, TemplateReference)
-_FILTERS = (
-    "abs capitalize count d default dictsort e escape first float int items join last length list lower map max min "
-    "reject rejectattr replace reverse safe select selectattr sort string title trim unique upper"
-).split()
 WIDEST = 100_000  # numbers in one range
 DEEPEST = 16  # columns of an indentation
 
@@ -163,7 +170,9 @@ def _foresee_join(separator: Any, values: Any) -> None:
     budget().fits(len(str(separator)) * count <= budget().largest)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     budget().measure(value)
     if indent is not None and not (isinstance(indent, int) and 0 <= indent <= DEEPEST):
         raise SecurityError(f"`indent` must be a number up to {DEEPEST}")
@@ -175,7 +184,9 @@ def _indent(text: Any, width: Any = 4, first: bool = False, blank: bool = False)
     if len(space) > DEEPEST:
         raise SecurityError(f"`indent` may be at most {DEEPEST} wide")
     lines = str(text).splitlines(keepends=True)
-    return "".join(space + line if (index or first) and (blank or line.strip()) else line for index, line in enumerate(lines))
+    return "".join(
+        space + line if (index or first) and (blank or line.strip()) else line for index, line in enumerate(lines)
+    )
 
 
 def _range(*args: int) -> range:
@@ -210,11 +221,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=[Generation, ext.loopcontrols],
         )
         own = {"tojson": _tojson, "indent": _indent, "#loop": _loop, "#concat": _concat, "#literal": _literal}
-        kept = {name: _metered(name, self.filters[name]) for name in _FILTERS}
+        kept = {name: _metered(name, self.filters[name]) for name in _words(_KEPT_FILTERS)}
         self.filters = {**kept, **own}
-        self.globals = {
-            "range": _range, "dict": _dict, "namespace": Names, "raise_exception": _raise, "strftime_now": _strftime_now,
-        }  # fmt: skip
+        self.globals = {"range": _range, "dict": _dict, "namespace": Names}
+        self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         for banned in source.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
@@ -243,7 +253,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         return bounded
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         spending = budget()
         spending.spend()
         if isinstance(__obj, (Macro, BlockReference)):

@@ -172,7 +172,9 @@ def _told(error: Exception, name: str) -> LuthierError:
     if isinstance(error, Refused):
         return DataError(f"the template refuses this conversation: {error}", where=where)
     if isinstance(error, SecurityError):
-        return SpecError(f"the template is stopped: {error}", where=where, remedy="use `template: plain`, or a template you trust")
+        return SpecError(
+            f"the template is stopped: {error}", where=where, remedy="use `template: plain`, or a template you trust"
+        )
     if isinstance(error, (RecursionError, MemoryError, OverflowError)):
         return SpecError(f"the template is stopped: {type(error).__name__}", where=where)
     return DataError(f"the template cannot render this conversation: {error} ({type(error).__name__})", where=where)

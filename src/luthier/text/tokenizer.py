@@ -67,7 +67,9 @@ class Tokenizer:
         try:
             backend = Backend.from_str(files[VOCABULARY].decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"is not a tokenizer that can be read ({error})", where=str(folder / VOCABULARY)) from error
+            raise ModelError(
+                f"is not a tokenizer that can be read ({error})", where=str(folder / VOCABULARY)
+            ) from error
         backend.no_truncation()
         backend.no_padding()
         _add_named(backend, settings)
@@ -140,7 +142,14 @@ class Tokenizer:
     @cached_property
     def _template_controls(self) -> tuple[str, ...]:
         template = self.chat_template or ""
-        return (*self.specials, *(text for text in self._added if text not in self._special and text.strip() and len(text) > 2 and text in template))
+        return (
+            *self.specials,
+            *(
+                text
+                for text in self._added
+                if text not in self._special and text.strip() and len(text) > 2 and text in template
+            ),
+        )
 
     def _number(self, text: str) -> int:
         number = self._backend.token_to_id(text)
@@ -231,7 +240,11 @@ def _add_named(backend: Backend, settings: dict[str, Any]) -> None:
     numbered = settings.get("added_tokens_decoder") or {}
     for _, entry in sorted(numbered.items(), key=lambda item: int(item[0])):
         if entry.get("content") not in there:
-            flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in entry}
+            flags = {
+                key: bool(entry[key])
+                for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
+                if key in entry
+            }
             backend.add_tokens([AddedToken(entry["content"], **flags)])
     more = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
     extra = list(more.values()) if isinstance(more, dict) else list(more)
