@@ -1,0 +1,250 @@
+"""`luthier train task.yaml`: from a task and its rows to a measured adapter. One page; the rooms do the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from luthier import __version__, registry, store
+from luthier import spec as specs
+from luthier.contracts import Adapted, Method
+from luthier.errors import TrainingError, UsageError
+from luthier.evaluate import page, predict
+from luthier.evaluate import report as reports
+from luthier.flows.events import Listener, Note, Progress, Stage, silent
+from luthier.flows.judge import Judge
+from luthier.flows.prepare import Prepared, prepare
+from luthier.hub import cards
+from luthier.records import AdapterCard
+from luthier.spec import RunSpec
+
+
+def train(
+    spec: RunSpec, *, resume: bool = False, overwrite: bool = False, on_event: Listener | None = None
+) -> dict[str, Any]:
+    """Train, judge and report one run; return what `report.json` holds.
+
+    With `resume` a killed or interrupted run goes on where its newest good checkpoint stands and ends with the bytes
+    that an uninterrupted run has (same machine, threads, dtype). Raises UsageError when the run exists otherwise.
+    """
+    tell = on_event or silent
+    run = store.Run(Path(spec.runs) / spec.name)
+    with run.lock():
+        _begin(run, spec, resume, overwrite)
+        prepared = prepare(spec, split_history=_split_history(run), on_event=tell)
+        store.write_json(run.split, prepared.split.as_dict())
+        base, identity = _load_base(spec, prepared, tell)
+        judge = _judge(run, spec, prepared, identity, base.config)
+        browse = _judge(run, spec, prepared, identity, base.config, dev=True)
+
+        answers, looked = {}, {}
+        tell(Stage("measure the base", f"{len(judge.examples)} test and {len(browse.examples)} dev rows"))
+        answers["base"] = judge.answers("base", base, tell, key="base")
+        looked["base"] = browse.answers("base", base, tell, key="base")
+        if judge.fits():
+            shown = [example.id for example in judge.shots]
+            answers["base_few_shot"] = judge.answers("base_few_shot", base, tell, key=shown, shots=True)
+
+        method: Method = registry.make("methods", spec.method, "method")
+        adapted = method.attach(base, seed=spec.train.seed)
+        outcome = _learn(run, spec, prepared, adapted, method, identity, resume, tell)
+        card = _card(spec, prepared, identity, outcome)
+        card = cards.publish(
+            run.adapter, adapted, card, template=prepared.template, tokenizer=prepared.tokenizer,
+            readme=cards.readme(card, "Trained with luthier; its measurements are in report.json of its run."),
+        )  # fmt: skip
+
+        tell(Stage("measure the tuned model", f"{len(judge.examples)} test and {len(browse.examples)} dev rows"))
+        adapted.model.eval()
+        digest = card.files["adapter_model.safetensors"]
+        answers["tuned"] = judge.answers("tuned", adapted.model, tell, key=digest)
+        looked["tuned"] = browse.answers("tuned", adapted.model, tell, key=digest)
+        report = write_report(run, spec, prepared, judge, answers, looked, outcome)
+        run.update(ended=_now(), status="complete", adapter=digest, sentence=report["sentence"])
+        return report
+
+
+def _begin(run: store.Run, spec: RunSpec, resume: bool, overwrite: bool) -> None:
+    """Open the run's folder: new, resumed, or emptied on request."""
+    if overwrite and not resume:
+        for path in run.folder.iterdir():
+            if path != run.lockfile:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if run.spec.exists() and not resume:
+        raise UsageError(
+            "holds a run already",
+            where=str(run.folder),
+            remedy="go on with --resume, start over with --overwrite, or choose another `name`",
+        )
+    store.sweep_staging(run.folder)
+    store.write_text(run.spec, specs.dump(spec))
+    run.update(name=spec.name, status="running", began=_now(), luthier=__version__)
+
+
+def _split_history(run: store.Run) -> dict[str, str] | None:
+    """The sides that rows of this run were given before: a resumed run never moves one."""
+    return dict(store.read_json(run.split)["sides"]) if run.split.exists() else None
+
+
+def _load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, dict[str, Any]]:
+    """Load the base and say what decides its answers."""
+    from luthier.model import attention, catalog, load
+
+    tell(Stage("load the base", spec.model.name))
+    if spec.train.threads:
+        import torch
+
+        torch.set_num_threads(spec.train.threads)
+    asked = spec.model
+    base = load.load_model(
+        prepared.model_folder, dtype=asked.dtype, device=asked.device, trust_remote_code=asked.trust_remote_code
+    )
+    if reason := attention.shares_prefixes(base):
+        tell(Note(f"prefixes are not shared: {reason}; rows run padded, exact and slower", "warning"))
+    text = prepared.tokenizer
+    identity = {
+        "base": catalog.base_hash(prepared.model_folder),
+        "base_name": catalog.resolved_name(prepared.model_folder),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+        "template": store.content_hash([prepared.template.name, prepared.template.source(text)]),
+        "tokenizer": text.hash,
+    }
+    return base, identity
+
+
+def _judge(
+    run: store.Run, spec: RunSpec, prepared: Prepared, identity: dict[str, Any], config: Any, *, dev: bool = False
+) -> Judge:
+    """The test rows' judge, or the dev rows' (whose items may be read)."""
+    return Judge(
+        examples=prepared.dev if dev else prepared.test,
+        shots_from=prepared.train,
+        template=prepared.template,
+        tokenizer=prepared.tokenizer,
+        settings=spec.evaluate,
+        folder=run.predictions / ("dev" if dev else "test"),
+        identity={key: value for key, value in identity.items() if key != "base_name"},
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+    )
+
+
+def _learn(
+    run: store.Run, spec: RunSpec, prepared: Prepared, adapted: Adapted, method: Method, identity: dict[str, Any],
+    resume: bool, tell: Listener,
+) -> dict[str, Any]:  # fmt: skip
+    """Run the loop; every step goes to `steps.jsonl`, the trackers and the listener. Returns the loop's outcome."""
+    from luthier.flows.tracking import tracked
+    from luthier.text import pack
+    from luthier.train.checkpoint import Checkpoints, fingerprint
+    from luthier.train.loop import Training
+
+    settings, shares = spec.train, not prepared.separate and spec.train.share_prefixes
+    checkpoints = Checkpoints(
+        run.checkpoints, keep=settings.keep,
+        fingerprint=fingerprint(
+            spec, data_hash=prepared.data_hash, base_hash=identity["base"], device=identity["device"], dtype=identity["dtype"]
+        ),
+    )  # fmt: skip
+    training = Training(
+        adapted,
+        registry.make("objectives", spec.objective, "objective"),
+        prepared.feed(share=shares),
+        settings,
+        device=adapted.model.device,
+        dev_packs=pack.plan(prepared.rendered_dev, budget=settings.tokens_per_pack, share=shares),
+        method=method,
+        checkpoints=checkpoints,
+        resume=resume,
+    )
+    for note in training.notes:
+        tell(Note(note, "warning"))
+    _forget_after(run, training.resumed_from or 0)
+    total, began = training.feed.total_steps, time.perf_counter()
+    tell(Stage("tune", f"{len(adapted.trainable())} tensors, {total} steps"))
+    with tracked(spec, run, on_cpu=adapted.model.device.type == "cpu") as trackers:
+        for step in training:
+            store.append_jsonl(run.steps, dataclasses.asdict(step))
+            trackers(step)
+            done = step.index - (training.resumed_from or 0)
+            tell(Progress(step, total, (time.perf_counter() - began) / done * (total - step.index)))
+    outcome = training.outcome
+    run.update(training=dataclasses.asdict(outcome))
+    if outcome.ended == "interrupted":
+        run.update(status="interrupted")
+        raise TrainingError(
+            f"stopped at step {outcome.steps} of {total}; everything is saved", remedy="the same command with --resume"
+        )
+    for text in (outcome.overfit, *outcome.notes[len(training.notes) :]):
+        if text:
+            tell(Note(text, "warning"))
+    return dataclasses.asdict(outcome)
+
+
+def _forget_after(run: store.Run, step: int) -> None:
+    """Drop logged steps that the checkpoint does not know: they will be taken again."""
+    kept = [line for line in store.read_jsonl(run.steps) if line["index"] <= step]
+    store.write_jsonl(run.steps, kept)
+
+
+def _card(spec: RunSpec, prepared: Prepared, identity: dict[str, Any], outcome: dict[str, Any]) -> AdapterCard:
+    """What the adapter folder will say about itself."""
+    return AdapterCard(
+        name=spec.name,
+        base=identity["base_name"],
+        base_hash=identity["base"],
+        method=spec.method,
+        template={**spec.template, **({"path": cards.TEMPLATE} if spec.template.get("name") == "jinja" else {})},
+        template_hash=identity["template"],
+        tokenizer_hash=identity["tokenizer"],
+        data_hash=prepared.data_hash,
+        dtype=identity["dtype"],
+        metrics={"best_dev_loss": outcome["best_dev_loss"], "step": outcome["restored_step"], "system": prepared.system},
+    )
+
+
+def write_report(
+    run: store.Run, spec: RunSpec, prepared: Prepared, judge: Judge, answers: dict[str, Any], looked: dict[str, Any],
+    outcome: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Compare the systems' answers and write `report.json` and `report.html`."""
+    chance = predict.self_check(judge.scorers, [example.answer for example in judge.examples])
+    report = reports.build(
+        spec=spec.model_dump(mode="json"),
+        facts={
+            "name": spec.name,
+            "created": _now(),
+            "seconds": judge.seconds,
+            "training": outcome,
+            "data": prepared.facts(),
+            "ledger": {"opened": _openings(run)},
+            "provenance": {
+                **judge.identity, "luthier": __version__, "data": prepared.data_hash, "seed": spec.train.seed,
+                "max_new_tokens": judge.max_new_tokens, "chance": chance,
+            },
+        },
+        systems=answers,
+        scorers=judge.scorers,
+        steps=store.read_jsonl(run.steps),
+        checks=prepared.check,
+        browse=looked if looked["base"] else None,
+    )  # fmt: skip
+    store.write_json(run.report, report)
+    page.write_page(report, run.html)
+    return report
+
+
+def _openings(run: store.Run) -> int:
+    """Count this look at the test rows in the run's ledger and return the count."""
+    told = store.read_json(run.record).get("test_openings", []) if run.record.exists() else []
+    run.update(test_openings=[*told, _now()])
+    return len(told) + 1
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
