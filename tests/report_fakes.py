@@ -65,7 +65,9 @@ def answer(example: Example, rng: random.Random, skill: float) -> Completion:
         if style < 0.6:
             return Completion("")
         if style < 0.8:
-            return Completion(f"Here is the JSON:\n```json\n{json.dumps({**told, 'customer': 'unknown'}, indent=1)}\n```")
+            return Completion(
+                f"Here is the JSON:\n```json\n{json.dumps({**told, 'customer': 'unknown'}, indent=1)}\n```"
+            )
     return Completion(json.dumps(told, ensure_ascii=False))
 
 
@@ -137,13 +139,20 @@ def build(skill: float = 0.95, base_skill: float = 0.3, count: int = 170, draws:
         },
     }
     given = {
-        "spec": {"name": "repair-desk", "model": {"name": "smollm2-135m"}, "evaluate": {"primary": "json_fields", "seed": 0}},
+        "spec": {
+            "name": "repair-desk",
+            "model": {"name": "smollm2-135m"},
+            "evaluate": {"primary": "json_fields", "seed": 0},
+        },
         "facts": facts,
         "systems": systems(test, 10),
         "browse": systems(dev, 20),
         "scorers": scorers,
         "steps": steps(),
-        "checks": {"merged equals attached": "largest logit difference 2.1e-6", "chance level": {"json_fields": "24.1 %"}},
+        "checks": {
+            "merged equals attached": "largest logit difference 2.1e-6",
+            "chance level": {"json_fields": "24.1 %"},
+        },
         "draws": draws,
     }
     return report.build(**{**given, **more})

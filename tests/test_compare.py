@@ -177,7 +177,13 @@ def test_clusters_widen_the_interval_of_binary_items():
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0, 0.5, 1]), st.sampled_from([0, 0.5, 1]), st.integers(0, 9)), min_size=1, max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 0.5, 1]), st.sampled_from([0, 0.5, 1]), st.integers(0, 9)),
+        min_size=1,
+        max_size=40,
+    )
+)
 def test_any_result_is_coherent(rows):
     base, tuned, groups = zip(*rows, strict=True)
     found = run(base, tuned, clusters=groups, draws=200)
@@ -201,7 +207,10 @@ def test_needed_items_are_enough():
 
 def test_corpus_metrics_are_aggregated_anew_in_every_draw():
     bleu = registry.make("scorers", "bleu")
-    gold = [f"the {w} was brought to the shop on day {i} with a broken part" for i, w in enumerate(["bike", "phone", "bag"] * 12)]
+    gold = [
+        f"the {w} was brought to the shop on day {i} with a broken part"
+        for i, w in enumerate(["bike", "phone", "bag"] * 12)
+    ]
     weak = [text.replace("broken part", "thing").replace("shop", "house") for text in gold]
     base, tuned = ([bleu.score(a, g) for a, g in zip(side, gold, strict=True)] for side in (weak, gold))
     found = compare.paired(base, tuned, range(36), binary=False, seed=0, draws=400, aggregate=bleu.aggregate)

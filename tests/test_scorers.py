@@ -75,7 +75,9 @@ def test_the_aggregate_is_a_pure_function_of_items(scorer):
     rng = random.Random(0)
     golds = ['{"a": 1, "b": "x y"}', '{"a": 2, "b": "longer words here"}', '{"b": "今天"}'] * 4
     scores = [scorer.score(rng.choice(golds), gold) for gold in golds]
-    kept = [Score(**json.loads(json.dumps({"value": s.value, "reason": s.reason, "parts": dict(s.parts)}))) for s in scores]
+    kept = [
+        Score(**json.loads(json.dumps({"value": s.value, "reason": s.reason, "parts": dict(s.parts)}))) for s in scores
+    ]
     whole = scorer.aggregate(scores)
     assert scorer.aggregate(scores) == whole  # aggregating changes nothing
     assert scorer.aggregate(kept) == pytest.approx(whole)  # nor does a trip to disk
@@ -227,7 +229,17 @@ def test_json_fields(answer, value, strict):
 
 @pytest.mark.parametrize(
     "answer",
-    ["", "no idea", GOLD[:-1], GOLD[:20], '{"a": {"intent": "book", "item": "bike"}, "b": ', '{"n": NaN}', "{" * 5000, "[" * 100_000, '{"n": 1e999}'],
+    [
+        "",
+        "no idea",
+        GOLD[:-1],
+        GOLD[:20],
+        '{"a": {"intent": "book", "item": "bike"}, "b": ',
+        '{"n": NaN}',
+        "{" * 5000,
+        "[" * 100_000,
+        '{"n": 1e999}',
+    ],
 )
 def test_an_unreadable_answer_is_wrong_not_unscored(answer):
     score = judge(answer)
@@ -306,7 +318,9 @@ def test_a_whole_answer_may_be_a_list_or_a_number():
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

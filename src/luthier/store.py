@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or broken one is a StorageError that names it."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8", "surrogatepass"))
     except FileNotFoundError:
         raise UsageError("does not exist", where=str(path)) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -93,7 +93,7 @@ def read_jsonl(path: Path) -> list[Any]:
     """Read a JSON-lines log that we wrote; an incomplete last line is left out."""
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").split("\n")
+    lines = path.read_text("utf-8", "surrogatepass").split("\n")  # as `write_text` writes
     values = []
     for index, line in enumerate(lines):
         if not line.strip():

@@ -35,6 +35,8 @@ def render(report: Mapping[str, Any]) -> str:
 
 def visible(text: str) -> str:
     """Show characters that would act rather than print: controls, escapes, direction marks, hidden and half ones."""
+    if text.isprintable():
+        return text
     return "".join(_shown(character) if _acts(character) else character for character in text)
 
 

@@ -61,7 +61,8 @@ def self_check(scorers: Mapping[str, Scorer], golds: Sequence[str]) -> dict[str,
         found = _misfits(name, scorer, picked)
         faults += found
         if not found:
-            chance[name] = scorer.aggregate([scorer.score(picked[i - 1], gold) for i, gold in enumerate(picked)])
+            mixed = [scorer.score(picked[i - 1], gold) for i, gold in enumerate(picked)] if len(picked) > 1 else []
+            chance[name] = scorer.aggregate(mixed)
     if faults:
         remedy = "choose a metric that fits the answers under `evaluate`"
         raise UsageError("a metric cannot judge these answers", faults=faults, remedy=remedy)
