@@ -59,7 +59,9 @@ def _final(value: Any) -> Any:
 
 
 def _told(value: Any) -> str:
-    """A JSON value for reading: texts as they are, all else as JSON."""
+    """A JSON value for reading: texts as they are, fractions to six digits, all else as JSON."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
