@@ -1,0 +1,59 @@
+# make demo   tune a 135M model on a service desk's messages and print where the report is
+# make test   the fast suite, then the tests on real models
+# make lint   ruff and mypy
+# All of them make .venv first; nothing outside this folder and the model cache is touched.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS ?= dev,chinese
+
+# Two processes with one thread each: tiny models gain nothing from threads, and the suite is as wide as the machine.
+FAST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+SLOW := $(BIN)/python -m pytest -m "slow and not gpu" --durations=10
+
+.PHONY: help venv demo test test-fast test-slow lint format bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "luthier needs Python 3.11 or newer; name it with: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $(STAMP)
+
+# --resume makes a second `make demo` go on where the first was stopped, instead of refusing the name.
+demo: venv
+	$(BIN)/luthier models pull smollm2-135m
+	$(BIN)/luthier train demo/task.yaml --resume
+	@echo
+	@echo "The report: $(CURDIR)/runs/demo/report.html"
+	@echo "Ask it:     $(BIN)/luthier chat runs/demo"
+
+test: test-fast test-slow
+
+test-fast: venv
+	$(FAST)
+
+test-slow: venv
+	$(SLOW)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/python bench/sft_vs_trl.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

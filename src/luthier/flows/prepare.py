@@ -1,0 +1,359 @@
+"""The front half of `train`, `check` and `show`: from a task to rows that are read, split, guarded and rendered."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from luthier import registry, store
+from luthier import spec as specs
+from luthier.contracts import Objective, Template
+from luthier.data import leaks as guard
+from luthier.data.read import Dataset, FileInfo, bad_rows, read
+from luthier.data.split import Split, split
+from luthier.data.stream import Stream
+from luthier.errors import DataError, Fault, SpecError
+from luthier.flows.events import Listener, Note, Stage, silent
+from luthier.model import catalog
+from luthier.records import Example, Rendered
+from luthier.spec import DataSpec, RunSpec
+from luthier.text import show
+from luthier.text.render import Rendering, render, render_all
+from luthier.text.tokenizer import Tokenizer
+from luthier.train.feed import ShuffledFeed, StreamFeed
+
+SAMPLED = 500  # rows of a stream that are looked at before training
+SHARED_LAYERS = {"full_attention", "sliding_attention"}  # kinds of layer that prefix trees are exact for
+
+
+@dataclass
+class Prepared:
+    """All that training, checking and showing need to know about a task's rows.
+
+    `split` tells the sides of the rows that were split (not of dev or test files). `rendered_*` run parallel to the
+    examples of their side. `separate` says why this architecture cannot share prefixes; empty where it can. Of a stream
+    `train` holds the first rows only, for what must be known before: the instruction, examples to show, lengths.
+    """
+
+    spec: RunSpec
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+    split: Split
+    rendering: Rendering
+    template: Template
+    tokenizer: Tokenizer
+    model_folder: Path
+    context: int | None
+    separate: str
+    files: list[FileInfo]
+    bad: list[Fault]  # rows that were left out because the task says `on_bad: skip`
+    leaks: list[guard.Leak]  # training rows that were taken out
+    stream: Stream | None = None
+    check: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _rows(self) -> dict[str, Rendered]:
+        return {row.example_id: row for row in self.rendering.rendered}
+
+    @property
+    def rendered_train(self) -> list[Rendered]:
+        return [self._rows[example.id] for example in self.train]
+
+    @property
+    def rendered_dev(self) -> list[Rendered]:
+        return [self._rows[example.id] for example in self.dev]
+
+    @property
+    def rendered_test(self) -> list[Rendered]:
+        return [self._rows[example.id] for example in self.test]
+
+    @property
+    def leaks_removed(self) -> int:
+        return len(self.leaks)
+
+    @property
+    def skipped(self) -> int:
+        return sum(info.skipped for info in self.files)
+
+    @property
+    def quarantined(self) -> list[Example]:
+        return self.split.quarantined
+
+    @cached_property
+    def data_hash(self) -> str:
+        """Content hash of every side's rows, in order."""
+        sides = [[example.id for example in side] for side in (self.train, self.dev, self.test)]
+        return store.content_hash([*sides, self.stream.state()["files"] if self.stream else []])
+
+    @cached_property
+    def system(self) -> str | None:
+        """The one instruction that all rows carry as their system message; None where they differ or have none."""
+        told = {_system(example) for example in (*self.train, *self.dev, *self.test)}
+        return told.pop() if len(told) == 1 else None
+
+    @cached_property
+    def hidden_system(self) -> str | None:
+        """What the template says in the system's name to rows that have no system message."""
+        without = any(_system(example) is None and example.prompt for example in (*self.train, *self.dev, *self.test))
+        return show.hidden_system(self.template, self.tokenizer) if without else None
+
+    @cached_property
+    def objective(self) -> Objective:
+        made: Objective = registry.make("objectives", self.spec.objective, "objective")
+        return made
+
+    def feed(self, *, share: bool) -> ShuffledFeed | StreamFeed:
+        """The training rows in the order of the run."""
+        settings = self.spec.train
+        if self.stream is not None:
+            assert settings.max_steps is not None, "the spec asks for max_steps with a stream"
+            return StreamFeed(
+                self.stream,
+                self.branches,
+                batch_size=settings.batch_size,
+                max_steps=settings.max_steps,
+                budget=settings.tokens_per_pack,
+                share=share,
+            )
+        return ShuffledFeed(
+            [self.branches(example) for example in self.train],
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            budget=settings.tokens_per_pack,
+            share=share,
+        )
+
+    def branches(self, example: Example) -> list[Rendered]:
+        """The rows that the objective makes of one example; over-long ones are gone where the task drops them."""
+        return [row for row in self.objective.branches(example, self._render) if row is not None]
+
+    def facts(self) -> dict[str, Any]:
+        """What the report tells about the data."""
+        cut = [f"{example.origin}: {tokens} tokens, {where}" for example, tokens, where in self.rendering.cut]
+        told: dict[str, Any] = {
+            "files": [_file(info) for info in self.files],
+            "rows": {
+                "train": "streamed" if self.stream else len(self.train),
+                "dev": len(self.dev),
+                "test": len(self.test),
+            },
+            "template": self.template.name,
+            "instruction_all_rows_share": self.system,
+            "hidden_system_message": self.hidden_system,
+            "bad_rows_skipped": self.skipped,
+            "training_rows_removed_because_they_give_a_held_out_row_away": self.leaks_removed,
+            "quarantined": [str(example.origin) for example in self.quarantined],
+            "rows_cut": cut[:20],
+            "rows_dropped_for_length": len(self.rendering.dropped),
+        }
+        return {key: value for key, value in told.items() if value not in (None, 0, [])}
+
+    def _render(self, example: Example) -> Rendered | None:
+        known = self._rows.get(example.id)
+        limit, data = limit_of(self.spec.data, self.context), self.spec.data
+        return known or render(example, self.template, self.tokenizer, max_length=limit, truncate=data.truncate)
+
+
+def prepare(
+    spec: RunSpec, *, split_history: Mapping[str, str] | None = None, on_event: Listener | None = None
+) -> Prepared:
+    """Read, split, guard and render a task's rows; raise SpecError or DataError with every fault at once.
+
+    `split_history` maps example ids to the sides that they had before (`split.json`'s `sides`); none of them moves.
+    """
+    tell = on_event or silent
+    template: Template = registry.make("templates", spec.template, "template")
+    folder = catalog.locate(
+        spec.model.name, revision=spec.model.revision, progress=lambda text: tell(Stage("fetch the model", text))
+    )
+    config = text_config(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    tell(Stage("read the rows", ", ".join(Path(path).name for path in spec.data.train)))
+    rows = read_rows(spec.data)
+    stream = open_stream(spec.data) if spec.data.stream else None
+    sides = _sides(
+        spec.data, rows, split_history, list(islice(open_stream(spec.data, buffer=1), SAMPLED)) if stream else []
+    )
+    found = guard.guard(sides.train, sides.dev, sides.test)
+    train = guard.without_leaks(sides.train, found)
+    context = config.get("max_position_embeddings")
+    rendering = render_all(
+        [*train, *sides.dev, *sides.test], template, tokenizer, limit_of(spec.data, context), spec.data.truncate
+    )
+    kept = {row.example_id for row in rendering.rendered}
+    prepared = Prepared(
+        spec=spec,
+        train=[example for example in train if example.id in kept],
+        dev=[example for example in sides.dev if example.id in kept],
+        test=[example for example in sides.test if example.id in kept],
+        split=_without_files(sides, spec.data),
+        rendering=rendering,
+        template=template,
+        tokenizer=tokenizer,
+        model_folder=folder,
+        context=context,
+        separate=cannot_share(config),
+        files=[info for dataset in rows.values() for info in dataset.files],
+        bad=[fault for dataset in rows.values() for fault in dataset.faults],
+        leaks=found,
+        stream=stream,
+    )
+    require_rows(prepared)
+    for note in notes(prepared):
+        tell(note)
+    return prepared
+
+
+def held_out(run: store.Run) -> list[Example]:
+    """The test rows of a run, read again from its data and the sides that it stored."""
+    spec = specs.load(run.spec)
+    history = dict(store.read_json(run.split)["sides"]) if run.split.exists() else None
+    return _sides(spec.data, read_rows(spec.data), history).test
+
+
+def read_rows(data: DataSpec) -> dict[str, Dataset]:
+    """Read the files of each side that names files; raise one DataError with the faults of all of them."""
+    wanted: dict[str, Sequence[str]] = {} if data.stream else {"train": data.train}
+    wanted |= {side: value for side in ("dev", "test") if isinstance(value := getattr(data, side), list)}
+    rows, faults, can_skip = {}, list[Fault](), True
+    for side, paths in wanted.items():
+        try:
+            rows[side] = read(paths, **_parsing(data))
+        except DataError as error:
+            faults += error.faults or [Fault(error.where, error.what, error.remedy)]
+            can_skip = can_skip and "on_bad" in error.remedy
+    if faults:
+        raise bad_rows(faults, can_skip=can_skip)
+    return rows
+
+
+def open_stream(data: DataSpec, *, buffer: int | None = None) -> Stream:
+    """The training files as a stream from their beginning."""
+    return Stream(data.train, **_parsing(data), buffer=buffer or data.shuffle_buffer, seed=data.seed)
+
+
+def limit_of(data: DataSpec, context: int | None) -> int | None:
+    """The tokens that a row may have; raise SpecError where the task allows more than the model can read."""
+    if data.max_length and context and data.max_length > context:
+        raise SpecError(
+            f"is {data.max_length}, but the model reads at most {context} tokens",
+            where="data.max_length",
+            remedy=f"write {context} or less",
+        )
+    return data.max_length or context
+
+
+def text_config(folder: Path) -> dict[str, Any]:
+    """A model's `config.json`, the text part of it where the model has several."""
+    config: dict[str, Any] = store.read_json(folder / "config.json")
+    return dict(config.get("text_config", config))
+
+
+def cannot_share(config: Mapping[str, Any]) -> str:
+    """Why prefix trees are not exact for an architecture, as far as its configuration tells; empty if they are."""
+    kind = config.get("model_type", "this model")
+    foreign = sorted(set(config.get("layer_types") or ()) - SHARED_LAYERS)
+    if foreign:
+        return f"{kind} has layers other than attention ({', '.join(foreign)})"
+    if config.get("attn_logit_softcapping") is not None:
+        return f"{kind} caps its attention logits"
+    return ""
+
+
+def require_rows(prepared: Prepared) -> None:
+    """Raise DataError where a side that the run cannot do without is empty."""
+    faults = []
+    if not prepared.train and prepared.stream is None:
+        faults.append(Fault("data.train", "no row is left to learn from", "add rows, or hold fewer of them out"))
+    if not prepared.test:
+        faults.append(Fault("data.test", "no row is left to judge by", "name a test file, or a share such as 0.15"))
+    if faults:
+        raise DataError("there are too few rows", faults=faults)
+
+
+def notes(prepared: Prepared) -> list[Note]:
+    """What a person should know about the rows before they are used."""
+    told = []
+    if prepared.skipped:
+        told.append(Note(f"{prepared.skipped} bad rows are left out (data.on_bad: skip)", "warning"))
+    if prepared.stream is not None:
+        told.append(
+            Note(f"rows of a stream are not compared with held-out rows, but for the first {SAMPLED}", "warning")
+        )
+    if prepared.leaks:
+        first = "; ".join(str(leak) for leak in prepared.leaks[:3])
+        many = "rows are" if len(prepared.leaks) > 1 else "row is"
+        told.append(
+            Note(f"{len(prepared.leaks)} training {many} left out: they give held-out rows away ({first})", "warning")
+        )
+    if prepared.quarantined:
+        told.append(
+            Note(f"{len(prepared.quarantined)} new rows are near rows of different sides and are not used", "warning")
+        )
+    if prepared.rendering.dropped:
+        told.append(Note(f"{len(prepared.rendering.dropped)} over-long rows are dropped (data.truncate)", "warning"))
+    if prepared.rendering.cut:
+        told.append(Note(f"{len(prepared.rendering.cut)} over-long rows are cut (data.truncate)", "warning"))
+    told += [Note(f"{text} ({count} rows)", "warning") for text, count in prepared.rendering.notes.items()]
+    if prepared.hidden_system:
+        told.append(Note(f"the template adds a system message of its own: {prepared.hidden_system!r}"))
+    return told
+
+
+def _sides(
+    data: DataSpec, rows: Mapping[str, Dataset], history: Mapping[str, str] | None, sample: Sequence[Example] = ()
+) -> Split:
+    """Split what is to be split, and put the rows of dev and test files on their sides."""
+    files = {side: rows[side].examples for side in ("dev", "test") if side in rows}
+    if "train" not in rows:
+        return Split(list(sample), files["dev"], files["test"])
+    shares = {side: 0.0 if side in files else float(getattr(data, side)) for side in ("dev", "test")}
+    parted = split(rows["train"].examples, **shares, seed=data.seed, previous=history)
+    return Split(
+        parted.train,
+        files.get("dev", parted.dev),
+        files.get("test", parted.test),
+        parted.quarantined,
+        parted.clusters,
+    )
+
+
+def _parsing(data: DataSpec) -> dict[str, Any]:
+    """How rows are read, as keywords of `read` and `Stream`."""
+    names = ("format", "columns", "tags", "system", "encoding", "on_bad")
+    return {name: getattr(data, name) for name in names}
+
+
+def _without_files(sides: Split, data: DataSpec) -> Split:
+    """Only what the split decided: rows of dev and test files are on their sides by their files."""
+    dev = [] if isinstance(data.dev, list) else sides.dev
+    test = [] if isinstance(data.test, list) else sides.test
+    train = [] if data.stream else sides.train
+    return dataclasses.replace(sides, train=train, dev=dev, test=test)
+
+
+def _system(example: Example) -> str | None:
+    return next((message.content for message in example.prompt if message.role == "system"), None)
+
+
+def _file(info: FileInfo) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "name": Path(info.path).name,
+        "rows": info.rows,
+        "format": info.format,
+        "encoding": info.encoding,
+        "sha256": info.sha256,
+    }
+    if info.skipped:
+        told["skipped"] = info.skipped
+    if info.unused:
+        told["unused_columns"] = ", ".join(info.unused)
+    return told
