@@ -164,7 +164,8 @@ def _write_tokenizer(folder: Path) -> dict[str, int]:
     )
     tokenizer.train_from_iterator(TEXT.split("\n"), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = {token: int(tokenizer.token_to_id(token)) for token in (NOTHING, START, END)}
+    vocabulary = tokenizer.get_vocab()
+    ids = {token: vocabulary[token] for token in (NOTHING, START, END)}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": START,
