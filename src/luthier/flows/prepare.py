@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,19 @@ from luthier import registry, store
 from luthier import spec as specs
 from luthier.contracts import Objective, Template
 from luthier.data import leaks as guard
-from luthier.data.read import Dataset, FileInfo, bad_rows, read
-from luthier.data.split import Split, split
+from luthier.data.check import CheckReport, check
+from luthier.data.read import FileInfo
+from luthier.data.split import Split
 from luthier.data.stream import Stream
 from luthier.errors import DataError, Fault, SpecError
-from luthier.flows.events import Listener, Note, Stage, silent
-from luthier.model import catalog
+from luthier.flows.events import Listener, Note, silent
+from luthier.flows.gather import SAMPLED, gather, read_rows, sides_of
 from luthier.records import Example, Rendered
 from luthier.spec import DataSpec, RunSpec
 from luthier.text import show
 from luthier.text.render import Rendering, render, render_all
 from luthier.text.tokenizer import Tokenizer
 from luthier.train.feed import ShuffledFeed, StreamFeed
-
-SAMPLED = 500  # rows of a stream that are looked at before training
-SHARED_LAYERS = {"full_attention", "sliding_attention"}  # kinds of layer that prefix trees are exact for
 
 
 @dataclass
@@ -170,41 +167,30 @@ def prepare(
     `split_history` maps example ids to the sides that they had before (`split.json`'s `sides`); none of them moves.
     """
     tell = on_event or silent
-    template: Template = registry.make("templates", spec.template, "template")
-    folder = catalog.locate(
-        spec.model.name, revision=spec.model.revision, progress=lambda text: tell(Stage("fetch the model", text))
-    )
-    config = text_config(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    tell(Stage("read the rows", ", ".join(Path(path).name for path in spec.data.train)))
-    rows = read_rows(spec.data)
-    stream = open_stream(spec.data) if spec.data.stream else None
-    sides = _sides(
-        spec.data, rows, split_history, list(islice(open_stream(spec.data, buffer=1), SAMPLED)) if stream else []
-    )
-    found = guard.guard(sides.train, sides.dev, sides.test)
-    train = guard.without_leaks(sides.train, found)
-    context = config.get("max_position_embeddings")
-    rendering = render_all(
-        [*train, *sides.dev, *sides.test], template, tokenizer, limit_of(spec.data, context), spec.data.truncate
-    )
+    found = gather(spec, split_history=split_history, on_event=tell)
+    sides, data = found.sides, spec.data
+    leaks = guard.guard(sides.train, sides.dev, sides.test)
+    train = guard.without_leaks(sides.train, leaks)
+    limit = limit_of(data, found.context)
+    rendering = render_all([*train, *sides.dev, *sides.test], found.template, found.tokenizer, limit, data.truncate)
     kept = {row.example_id for row in rendering.rendered}
+    parts = {"train": train, "dev": sides.dev, "test": sides.test}
+    parts = {side: [example for example in rows if example.id in kept] for side, rows in parts.items()}
     prepared = Prepared(
         spec=spec,
-        train=[example for example in train if example.id in kept],
-        dev=[example for example in sides.dev if example.id in kept],
-        test=[example for example in sides.test if example.id in kept],
-        split=_without_files(sides, spec.data),
+        **parts,
+        split=_without_files(sides, data),
         rendering=rendering,
-        template=template,
-        tokenizer=tokenizer,
-        model_folder=folder,
-        context=context,
-        separate=cannot_share(config),
-        files=[info for dataset in rows.values() for info in dataset.files],
-        bad=[fault for dataset in rows.values() for fault in dataset.faults],
-        leaks=found,
-        stream=stream,
+        template=found.template,
+        tokenizer=found.tokenizer,
+        model_folder=found.model_folder,
+        context=found.context,
+        separate=found.separate,
+        files=found.files,
+        bad=found.bad,
+        leaks=leaks,
+        stream=found.stream,
+        check=_remarks(check(parts, template=found.template.name, special=found.tokenizer.specials)),
     )
     require_rows(prepared)
     for note in notes(prepared):
@@ -216,28 +202,7 @@ def held_out(run: store.Run) -> list[Example]:
     """The test rows of a run, read again from its data and the sides that it stored."""
     spec = specs.load(run.spec)
     history = dict(store.read_json(run.split)["sides"]) if run.split.exists() else None
-    return _sides(spec.data, read_rows(spec.data), history).test
-
-
-def read_rows(data: DataSpec) -> dict[str, Dataset]:
-    """Read the files of each side that names files; raise one DataError with the faults of all of them."""
-    wanted: dict[str, Sequence[str]] = {} if data.stream else {"train": data.train}
-    wanted |= {side: value for side in ("dev", "test") if isinstance(value := getattr(data, side), list)}
-    rows, faults, can_skip = {}, list[Fault](), True
-    for side, paths in wanted.items():
-        try:
-            rows[side] = read(paths, **_parsing(data))
-        except DataError as error:
-            faults += error.faults or [Fault(error.where, error.what, error.remedy)]
-            can_skip = can_skip and "on_bad" in error.remedy
-    if faults:
-        raise bad_rows(faults, can_skip=can_skip)
-    return rows
-
-
-def open_stream(data: DataSpec, *, buffer: int | None = None) -> Stream:
-    """The training files as a stream from their beginning."""
-    return Stream(data.train, **_parsing(data), buffer=buffer or data.shuffle_buffer, seed=data.seed)
+    return sides_of(spec.data, read_rows(spec.data), history).test
 
 
 def limit_of(data: DataSpec, context: int | None) -> int | None:
@@ -249,23 +214,6 @@ def limit_of(data: DataSpec, context: int | None) -> int | None:
             remedy=f"write {context} or less",
         )
     return data.max_length or context
-
-
-def text_config(folder: Path) -> dict[str, Any]:
-    """A model's `config.json`, the text part of it where the model has several."""
-    config: dict[str, Any] = store.read_json(folder / "config.json")
-    return dict(config.get("text_config", config))
-
-
-def cannot_share(config: Mapping[str, Any]) -> str:
-    """Why prefix trees are not exact for an architecture, as far as its configuration tells; empty if they are."""
-    kind = config.get("model_type", "this model")
-    foreign = sorted(set(config.get("layer_types") or ()) - SHARED_LAYERS)
-    if foreign:
-        return f"{kind} has layers other than attention ({', '.join(foreign)})"
-    if config.get("attn_logit_softcapping") is not None:
-        return f"{kind} caps its attention logits"
-    return ""
 
 
 def require_rows(prepared: Prepared) -> None:
@@ -308,36 +256,20 @@ def notes(prepared: Prepared) -> list[Note]:
     return told
 
 
-def _sides(
-    data: DataSpec, rows: Mapping[str, Dataset], history: Mapping[str, str] | None, sample: Sequence[Example] = ()
-) -> Split:
-    """Split what is to be split, and put the rows of dev and test files on their sides."""
-    files = {side: rows[side].examples for side in ("dev", "test") if side in rows}
-    if "train" not in rows:
-        return Split(list(sample), files["dev"], files["test"])
-    shares = {side: 0.0 if side in files else float(getattr(data, side)) for side in ("dev", "test")}
-    parted = split(rows["train"].examples, **shares, seed=data.seed, previous=history)
-    return Split(
-        parted.train,
-        files.get("dev", parted.dev),
-        files.get("test", parted.test),
-        parted.quarantined,
-        parted.clusters,
-    )
-
-
-def _parsing(data: DataSpec) -> dict[str, Any]:
-    """How rows are read, as keywords of `read` and `Stream`."""
-    names = ("format", "columns", "tags", "system", "encoding", "on_bad")
-    return {name: getattr(data, name) for name in names}
-
-
 def _without_files(sides: Split, data: DataSpec) -> Split:
     """Only what the split decided: rows of dev and test files are on their sides by their files."""
     dev = [] if isinstance(data.dev, list) else sides.dev
     test = [] if isinstance(data.test, list) else sides.test
     train = [] if data.stream else sides.train
     return dataclasses.replace(sides, train=train, dev=dev, test=test)
+
+
+def _remarks(found: CheckReport) -> dict[str, list[str]]:
+    """What a check says about the rows that are used, for the report."""
+    told: dict[str, list[str]] = {}
+    for finding in found.findings:
+        told.setdefault(f"{finding.severity}s", []).append(f"{finding.what}; {finding.remedy}".rstrip("; "))
+    return told
 
 
 def _system(example: Example) -> str | None:
