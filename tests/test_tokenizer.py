@@ -40,7 +40,9 @@ def oracle(folder: Path) -> Any:
 
 def spelt_by(tokenizer: Tokenizer) -> st.SearchStrategy[str]:
     """Text with the spelling of control tokens strewn in."""
-    return st.lists(st.one_of(SCRIPTS, st.sampled_from([*tokenizer.shields("user"), "<|", "|>"])), max_size=6).map("".join)
+    return st.lists(st.one_of(SCRIPTS, st.sampled_from([*tokenizer.shields("user"), "<|", "|>"])), max_size=6).map(
+        "".join
+    )
 
 
 @pytest.mark.parametrize("kind", vocabularies.KINDS)
@@ -92,7 +94,9 @@ def test_what_ends_and_what_pads(kind: str, ends: set[str], pad: str, says: bool
 @example(data=None)
 def test_marked_text_never_holds_a_control_token(kind: str, data: st.DataObject | None) -> None:
     tokenizer = made(kind)
-    controls = {tokenizer.encode(text)[0] for text in tokenizer.shields("user")} - set(tokenizer.encode(tokenizer.unk or "x"))
+    controls = {tokenizer.encode(text)[0] for text in tokenizer.shields("user")} - set(
+        tokenizer.encode(tokenizer.unk or "x")
+    )
     text = "".join(tokenizer.shields("user")) if data is None else data.draw(spelt_by(tokenizer))
     marked = marks.mark(text, tokenizer.shields("user"))
     assert marks.unmark(marked) == text

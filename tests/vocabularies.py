@@ -121,12 +121,17 @@ def _train(model: Any, trainer: Any, **parts: Any) -> Tokenizer:
 
 def _byte_level(specials: list[str], *, normalizer: Any = None, split: bool = False) -> Tokenizer:
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=specials, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=700,
+        special_tokens=specials,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     pre: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if split:
         pattern = Regex(r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
-        pre = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+        pre = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
     tokenizer = _train(models.BPE(), trainer, pre_tokenizer=pre, decoder=decoders.ByteLevel())
     if normalizer:
         tokenizer.normalizer = normalizer
@@ -178,7 +183,12 @@ def folder(kind: str) -> Path:
 
 def _chatml(path: Path) -> Path:
     tokenizer = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    names = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+    }
     return _save(path, tokenizer, tiny.CHAT_TEMPLATE, **names)
 
 
@@ -191,7 +201,9 @@ def _gemma(path: Path) -> Path:
     specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     tokenizer = _starting(_sentencepiece(specials, prefix=False), "<bos>")
     ends = [tokenizer.token_to_id("<eos>"), tokenizer.token_to_id("<end_of_turn>")]
-    return _save(path, tokenizer, GEMMA, ends, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    return _save(
+        path, tokenizer, GEMMA, ends, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
 
 
 def _neox(path: Path) -> Path:
@@ -201,13 +213,30 @@ def _neox(path: Path) -> Path:
 
 def _qwen3(path: Path) -> Path:
     tokenizer = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], normalizer=normalizers.NFC(), split=True)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>", "<tool_call>", "</tool_call>")])
-    end = {"__type": "AddedToken", "content": "<|im_end|>", "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    tokenizer.add_tokens(
+        [AddedToken(text, normalized=False) for text in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
+    )
+    end = {
+        "__type": "AddedToken",
+        "content": "<|im_end|>",
+        "special": True,
+        "normalized": False,
+        "lstrip": False,
+        "rstrip": False,
+        "single_word": False,
+    }
     return _save(path, tokenizer, QWEN3, [2, 0], bos_token=None, eos_token=end, pad_token="<|endoftext|>")
 
 
 def _llama3(path: Path) -> Path:
-    specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
+    specials = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|finetune_right_pad_id|>",
+    ]
     tokenizer = _starting(_byte_level(specials, split=True), "<|begin_of_text|>")
     return _save(path, tokenizer, LLAMA3, [1, 4], bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
 
@@ -218,5 +247,13 @@ def _glm(path: Path) -> Path:
     return _save(path, tokenizer, GLM, [0, 4, 6], eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
-MAKERS = {"chatml": _chatml, "llama2": _llama2, "llama3": _llama3, "gemma": _gemma, "neox": _neox, "qwen3": _qwen3, "glm": _glm}
+MAKERS = {
+    "chatml": _chatml,
+    "llama2": _llama2,
+    "llama3": _llama3,
+    "gemma": _gemma,
+    "neox": _neox,
+    "qwen3": _qwen3,
+    "glm": _glm,
+}
 KINDS = tuple(MAKERS)

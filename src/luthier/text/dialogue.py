@@ -14,7 +14,7 @@ from typing import Any
 from luthier.contracts import Piece, TextTools
 from luthier.errors import DataError, LuthierError, SpecError
 from luthier.records import Message
-from luthier.text import sandbox, tools
+from luthier.text import marks, sandbox, tools
 
 Tools = Sequence[Mapping[str, Any]]
 _PROBE = (Message("user", "probe"), Message("assistant", "reply"))
@@ -112,11 +112,8 @@ class Dialogue:
         if not full.startswith(asked):
             return None
         answer = full[len(asked) :]
-        ends = [(answer.index(end), len(end)) for end in self.text.ends if end in answer]
-        if not ends:
-            return answer.rstrip("\n")
-        first = min(ends, key=lambda found: (found[0], -found[1]))
-        return answer[: sum(first)]
+        end = marks.find(answer, self.text.ends)
+        return answer[: end[1]] if end else answer.rstrip("\n")
 
     def render(self, messages: Sequence[Message], given: Tools, *, cue: bool) -> str:
         """The template's whole text for some messages."""

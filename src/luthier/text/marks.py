@@ -71,5 +71,18 @@ def stretches(text: str) -> Iterator[tuple[str, bool]]:
         yield _read(text[at:]), False
 
 
+def find(text: str, tokens: Iterable[str]) -> tuple[int, int] | None:
+    """Where the first control token [begin, end) stands that the template wrote, not the content."""
+    for found in _outside(tuple(tokens)).finditer(text):
+        if not found.group().startswith(OPEN):
+            return found.span()
+    return None
+
+
+@lru_cache(64)
+def _outside(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(f"{OPEN}[^{OPEN}{CLOSE}]*{CLOSE}|{_pattern(tokens).pattern}")
+
+
 def _read(text: str) -> str:
     return _ESCAPES.sub(lambda found: _READ[found.group()], text) if ESCAPE in text else text

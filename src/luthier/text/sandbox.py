@@ -46,7 +46,7 @@ class Budget:
         self.output = LONGEST + 8 * content
         self.steps, self.literals = STEPS + content, LITERALS
         self.template, self.today = template, today
-        self.deadline = time.thread_time() + SECONDS
+        self.deadline = time.thread_time() + SECONDS + 1e-6 * content
 
     def spend(self, steps: int = 1, literals: int = 0) -> None:
         """Pay for work; raise Exhausted when the budget or the time is used up."""

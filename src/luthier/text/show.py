@@ -130,11 +130,10 @@ def hidden_system(template: Template, tokenizer: Tokenizer) -> str | None:
         between = _said(template.prompt(turns, [], tokenizer)).partition(answer)[2].partition(later)[0]
     except DataError:  # a template for one turn only
         between = ""
+    for special in sorted(tokenizer.specials, key=len, reverse=True):
+        head, between = head.replace(special, ""), between.replace(special, "")
     added = head[: len(head) - _common_suffix(head, between)]
-    for special in tokenizer.specials:
-        added = added.replace(special, "")
-    added = added.strip()
-    return added.removeprefix("system\n").strip() or None
+    return added.strip().removeprefix("system\n").strip() or None
 
 
 def discarded(example: Example, template: Template, tokenizer: Tokenizer) -> list[str]:
