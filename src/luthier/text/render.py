@@ -85,7 +85,7 @@ def render_all(
         except DataError as error:
             faults.append(Fault(error.where, error.what, error.remedy))
     if faults:
-        long = any("tokens, the limit is" in fault.what for fault in faults)
+        long = truncate == "error" and any("tokens, the limit is" in fault.what for fault in faults)
         raise DataError(f"{len(faults)} row(s) cannot be rendered", remedy=REMEDY if long else "", faults=faults)
     return done
 
