@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from luthier.data.split import Split
 from luthier.data.stream import Stream
 from luthier.errors import DataError, Fault, SpecError
 from luthier.flows.events import Listener, Note, silent
-from luthier.flows.gather import SAMPLED, gather, read_rows, sides_of
+from luthier.flows.gather import SAMPLED, Gathered, gather, read_rows, sides_of
 from luthier.records import Example, Rendered
 from luthier.spec import DataSpec, RunSpec
 from luthier.text import show
@@ -168,17 +168,28 @@ def prepare(
     """
     tell = on_event or silent
     found = gather(spec, split_history=split_history, on_event=tell)
-    sides, data = found.sides, spec.data
-    leaks = guard.guard(sides.train, sides.dev, sides.test)
+    prepared = assemble(found, guard.guard(found.sides.train, found.sides.dev, found.sides.test))
+    parts = {"train": prepared.train, "dev": prepared.dev, "test": prepared.test}
+    prepared.check = _remarks(check(parts, template=found.template.name, special=found.tokenizer.specials))
+    require_rows(prepared)
+    for note in notes(prepared):
+        tell(note)
+    return prepared
+
+
+def assemble(found: Gathered, leaks: Sequence[guard.Leak], rendering: Rendering | None = None) -> Prepared:
+    """Leave the leaking rows out and render the others (unless they are at hand); DataError with all that cannot be."""
+    sides, data = found.sides, found.spec.data
     train = guard.without_leaks(sides.train, leaks)
-    limit = limit_of(data, found.context)
-    rendering = render_all([*train, *sides.dev, *sides.test], found.template, found.tokenizer, limit, data.truncate)
+    if rendering is None:
+        limit, rows = limit_of(data, found.context), [*train, *sides.dev, *sides.test]
+        rendering = render_all(rows, found.template, found.tokenizer, limit, data.truncate)
     kept = {row.example_id for row in rendering.rendered}
-    parts = {"train": train, "dev": sides.dev, "test": sides.test}
-    parts = {side: [example for example in rows if example.id in kept] for side, rows in parts.items()}
-    prepared = Prepared(
-        spec=spec,
-        **parts,
+    return Prepared(
+        spec=found.spec,
+        train=[example for example in train if example.id in kept],
+        dev=[example for example in sides.dev if example.id in kept],
+        test=[example for example in sides.test if example.id in kept],
         split=_without_files(sides, data),
         rendering=rendering,
         template=found.template,
@@ -188,14 +199,9 @@ def prepare(
         separate=found.separate,
         files=found.files,
         bad=found.bad,
-        leaks=leaks,
+        leaks=list(leaks),
         stream=found.stream,
-        check=_remarks(check(parts, template=found.template.name, special=found.tokenizer.specials)),
     )
-    require_rows(prepared)
-    for note in notes(prepared):
-        tell(note)
-    return prepared
 
 
 def held_out(run: store.Run) -> list[Example]:
