@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier import store
 from luthier.errors import CheckpointError, Fault, TrainingError
+from luthier.model.fused import fuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys of an adapter_config.json that may steer loading. Any other key must hold its default: some of them import
@@ -85,6 +86,7 @@ def attach(model: Any, config: PeftConfig, *, seed: int) -> PeftAdapted:
     adapted = PeftAdapted(wrapped)  # type: ignore[arg-type]
     if not adapted.trainable():
         raise TrainingError("the method found nothing to train in this model")
+    fuse(adapted.model)
     return adapted
 
 
