@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.data import near
+from luthier.data import near, runs
 from luthier.records import Example
 
-RUN, SHORT_RUN = 13, 8  # words
-COVERED = 0.5  # of a held-out question, by 8-grams of one training row
 THRESHOLD = 0.8  # Jaccard index of character n-grams
-USUAL = 0.01  # of the training rows: word runs that so many share are the task's wording and tell nothing
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Leak:
         words = {
             "same": "asks the same as",
             "near": "is nearly the same as",
-            "run": f"shares {RUN} words in a row with",
+            "run": "shares a long run of words with",
             "covered": "holds most of",
             "answer": "has the same long answer as",
         }
@@ -79,8 +75,8 @@ def _same(asked: Sequence[str], kept: Sequence[str]) -> Iterator[Hit]:
     for place, text in enumerate(kept):
         places.setdefault(near.normal(text), place)
     for index, text in enumerate(asked):
-        if (found := places.get(near.normal(text))) is not None:
-            yield index, found, "same", ""
+        if near.normal(text) in places:
+            yield index, places[near.normal(text)], "same", ""
 
 
 def _near(asked: Sequence[str], kept: Sequence[str], threshold: float) -> Iterator[Hit]:
@@ -97,45 +93,16 @@ def _answers(rows: Sequence[Example], border: int) -> Iterator[Hit]:
 
 
 def _runs(asked: Sequence[str], kept: Sequence[str]) -> Iterator[Hit]:
-    """A shared run of 13 words, or 8-word runs of one training row that cover half of a held-out question."""
-    lists = [near.words(text) for text in kept]
-    yield from _long_runs(asked, _index(lists, RUN), max(10, USUAL * len(asked)))
-    yield from _covering(asked, lists, max(10, USUAL * len(asked)))
-
-
-def _index(lists: Sequence[list[str]], length: int) -> dict[tuple[str, ...], list[tuple[int, int]]]:
-    """Where each run of words stands: (text, place)."""
-    found: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)
-    for index, words in enumerate(lists):
-        for place in range(len(words) - length + 1):
-            found[tuple(words[place : place + length])].append((index, place))
-    return found
-
-
-def _runs_of(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[place : place + length]) for place in range(len(words) - length + 1))
-
-
-def _long_runs(
-    asked: Sequence[str], index: dict[tuple[str, ...], list[tuple[int, int]]], usual: float
-) -> Iterator[Hit]:
-    shared = [[run for run in dict.fromkeys(_runs_of(near.words(text), RUN)) if run in index] for text in asked]
-    counts = Counter(run for runs in shared for run in runs)
-    for row, runs in enumerate(shared):
-        telling = next((run for run in runs if counts[run] <= usual), None)
-        if telling:
-            yield row, index[telling][0][0], "run", " ".join(telling)[:80]
-
-
-def _covering(asked: Sequence[str], lists: Sequence[list[str]], usual: float) -> Iterator[Hit]:
-    index = _index(lists, SHORT_RUN)
-    shared = [[run for run in dict.fromkeys(_runs_of(near.words(text), SHORT_RUN)) if run in index] for text in asked]
-    counts = Counter(run for runs in shared for run in runs)
-    for row, runs in enumerate(shared):
-        covered: dict[int, set[int]] = defaultdict(set)
-        for run in (run for run in runs if counts[run] <= usual):
-            for held, place in index[run]:
-                covered[held].update(range(place, place + SHORT_RUN))
-        best = max(covered, key=lambda held: len(covered[held]) / len(lists[held]), default=None)
-        if best is not None and len(covered[best]) >= COVERED * len(lists[best]):
-            yield row, best, "covered", f"{len(covered[best])} of {len(lists[best])} words"
+    """A long run that both have, or short runs of one training row that cover half of a held-out question."""
+    border = len(asked)
+    shared = runs.shared([*asked, *kept])
+    holder: dict[int, int] = {}
+    for place in range(len(kept)):
+        for run in shared.long[border + place]:
+            holder.setdefault(run, place)
+    for row in range(border):
+        for run in [run for run in shared.long[row] if run in holder][:1]:
+            yield row, holder[run], "run", shared.quote(row, run)[:80]
+    for cover in shared.covers:
+        if cover.outer < border <= cover.inner:
+            yield cover.outer, cover.inner - border, "covered", f"{cover.words} of {cover.of} words"

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ _BLOCK = 1 << 21  # n-grams hashed at a time
 Words = NDArray[np.uint64]
 
 
+@lru_cache(1 << 15)
 def normal(text: str) -> str:
     """The text without what does not tell texts apart: width, case, spacing."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -43,7 +45,7 @@ def clusters(texts: Sequence[str], threshold: float = THRESHOLD) -> list[int]:
         forest.join(first.setdefault(text, index), index)
     unique = list(first)
     places = list(first.values())
-    grams = [ngrams(text) for text in unique]
+    grams = ngrams(unique)
     for left, right in _candidates(grams, threshold, known=lambda a, b: forest.same(places[a], places[b])):
         if jaccard(grams[left], grams[right]) >= threshold:
             forest.join(places[left], places[right])
@@ -61,7 +63,7 @@ class Pair:
 
 def pairs(left: Sequence[str], right: Sequence[str], threshold: float = THRESHOLD) -> list[Pair]:
     """All near pairs between two lists, by falling similarity."""
-    grams = [ngrams(normal(text)) for text in [*left, *right]]
+    grams = ngrams([normal(text) for text in [*left, *right]])
     border = len(left)
     found = []
     for a, b in _candidates(grams, threshold, known=lambda a, b: (a < border) == (b < border)):
@@ -71,13 +73,30 @@ def pairs(left: Sequence[str], right: Sequence[str], threshold: float = THRESHOL
     return sorted(found, key=lambda pair: (-pair.similarity, pair.left, pair.right))
 
 
-def ngrams(text: str) -> Words:
-    """The sorted, distinct n-gram hashes of a normalised text, 64 bits each; a text too short for one is one."""
-    codes = np.frombuffer(text[:LONGEST].encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
-    long, short = _rolling(codes, WIDTH), _rolling(codes, DENSE_WIDTH)
-    dense = _is_dense(codes)
-    grams = np.concatenate([long[~dense[: len(long)]], short[dense[: len(short)]]])
-    return np.unique(grams) if len(grams) else _rolling(codes, max(1, len(codes)))
+def ngrams(texts: Sequence[str]) -> list[Words]:
+    """For each normalised text its sorted, distinct n-gram hashes, 64 bits; a text too short for one is one itself."""
+    found: list[Words] = []
+    for first, last in _blocks([min(len(text), LONGEST) + 1 for text in texts]):
+        found += _ngrams_of([text[:LONGEST] for text in texts[first:last]])
+    return found
+
+
+def _ngrams_of(texts: Sequence[str]) -> list[Words]:
+    sizes = np.array([len(text) for text in texts])
+    joined = "".join(texts).encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(joined, dtype="<u4").astype(np.uint64)
+    hashes, owners, _ = windows(codes, sizes, _is_dense(codes), WIDTH, DENSE_WIDTH)
+    order = np.lexsort((hashes, owners))
+    hashes, owners = hashes[order], owners[order]
+    fresh = np.ones(len(hashes), bool)
+    fresh[1:] = (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1])
+    hashes, owners = hashes[fresh], owners[fresh]
+    sets = np.split(hashes, np.searchsorted(owners, np.arange(1, len(texts))))
+    starts = np.cumsum(sizes) - sizes
+    for index in np.flatnonzero([not len(one) for one in sets]):
+        own = codes[starts[index] : starts[index] + sizes[index]]
+        sets[index] = rolling(own, max(1, len(own)))
+    return sets
 
 
 def jaccard(left: Words, right: Words) -> float:
@@ -174,8 +193,8 @@ def _common(one: str, other: str) -> str:
     return one[: next((place for place in range(size) if one[place] != other[place]), size)]
 
 
-def _rolling(codes: Words, width: int) -> Words:
-    """A hash of every run of `width` characters: a polynomial, then a mixer (splitmix64's finaliser)."""
+def rolling(codes: Words, width: int) -> Words:
+    """A hash of every run of `width` codes: a polynomial, then a mixer (splitmix64's finaliser)."""
     if len(codes) < width or not width:
         return np.empty(0, np.uint64)
     rolled = np.zeros(len(codes) - width + 1, np.uint64)
@@ -184,6 +203,25 @@ def _rolling(codes: Words, width: int) -> Words:
     rolled = (rolled ^ (rolled >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     rolled = (rolled ^ (rolled >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return rolled ^ (rolled >> np.uint64(31))
+
+
+def windows(
+    codes: Words, sizes: NDArray[np.int64], dense: NDArray[np.bool_], width: int, dense_width: int
+) -> tuple[Words, NDArray[np.int64], NDArray[np.int64]]:
+    """Hashes of all runs of codes within texts that lie one after the other, `sizes` codes each.
+
+    A run is `width` codes, or `dense_width` where it begins with a dense one. Returns hash, text and place of each.
+    """
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    ends = np.cumsum(sizes)
+    found = []
+    for size, wanted in ((width, False), (dense_width, True)):
+        rolled = rolling(codes, size)
+        at = np.arange(len(rolled))
+        at = at[(dense[: len(rolled)] == wanted) & (at + size <= ends[owner[: len(rolled)]])]
+        found.append((rolled[at] ^ np.uint64(size), owner[at], at - (ends - sizes)[owner[at]]))
+    hashes, owners, places = (np.concatenate(part) for part in zip(*found, strict=True))
+    return hashes, owners, places
 
 
 def _is_dense(codes: Words) -> NDArray[np.bool_]:

@@ -102,8 +102,11 @@ class File:
             self.layout = formats.recognise(rows, format=asked.format, columns=asked.columns, tags=asked.tags)
 
     def _example(self, row: Row) -> Example | list[Fault]:
-        if self.layout is None:
-            self._recognise([row.value])
+        if self.layout is None:  # the first rows were all bad
+            try:
+                self._recognise([row.value])
+            except formats.Unrecognised as error:
+                return [Fault(str(row.origin), error.what, error.remedy)]
         assert self.layout is not None
         parsed = formats.parse(row.value, self.layout, row.origin, tags=self.parsing.tags, system=self.parsing.system)
         if isinstance(parsed, Example):

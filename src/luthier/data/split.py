@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from luthier.data import near
+from luthier.data import near, runs
 from luthier.data.leaks import Leak, guard, without_leaks
 from luthier.records import Example
 
@@ -73,7 +73,10 @@ def split(
 
 
 class _Rows:
-    """Examples and the ties between them: a near question, a shared root, the same answer in prose."""
+    """Examples and the ties between them: all that would make one of them give another away (`leaks`).
+
+    A near question, a shared root, the same answer in prose, a long run of words, a question inside another.
+    """
 
     def __init__(self, examples: Sequence[Example], threshold: float) -> None:
         self.threshold = threshold
@@ -81,6 +84,12 @@ class _Rows:
         self.marks: list[set[str]] = [{f"root {root}" for root in (row.id, *row.lineage)} for row in examples]
         for index, answer in near.telling_answers(examples).items():
             self.marks[index].add(f"answer {answer}")
+        shared = runs.shared(self.texts)
+        for index, found in enumerate(shared.long):
+            self.marks[index].update(f"run {run}" for run in found)
+        for cover in shared.covers:
+            for index in (cover.outer, cover.inner):
+                self.marks[index].add(f"cover {cover.outer} {cover.inner}")
 
     def clusters(self) -> list[int]:
         """Label rows that hang together by any chain of ties with the index of the first of them."""
