@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from luthier.errors import DataError, TrainingError
+from luthier.errors import TrainingError
 from luthier.records import Example, Pack, Rendered
 from luthier.text import pack
 
@@ -103,9 +103,11 @@ class ShuffledFeed:
 
 
 class ExampleStream(Protocol):
-    """Examples read through a shuffle buffer, with a resumable cursor (`data.stream.Stream`)."""
+    """Examples without end, read through a shuffle buffer, with a resumable cursor (`data.stream.Stream`)."""
 
-    def __iter__(self) -> Iterator[Example]: ...
+    epoch: int  # passes over the files that are complete
+
+    def __next__(self) -> Example: ...
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON."""
@@ -115,7 +117,7 @@ class ExampleStream(Protocol):
 
 
 class StreamFeed:
-    """Rows read while training. At the stream's end it starts again; `max_steps` is the only end."""
+    """Rows read while training; `max_steps` is the only end. Nothing is read ahead, so the cursor is exact."""
 
     steps_per_epoch: int | None = None
 
@@ -132,9 +134,7 @@ class StreamFeed:
     ) -> None:
         self._stream, self._render, self._plan = stream, render, plan
         self._batch_size, self._budget, self._share = batch_size, budget, share
-        self._beginning = stream.state()
-        self._source: Iterator[Example] | None = None
-        self._step = self._passes = self._in_pass = 0
+        self._step = 0
         self.total_steps = max_steps
 
     def __iter__(self) -> StreamFeed:
@@ -145,29 +145,15 @@ class StreamFeed:
             raise StopIteration
         rows: list[Rendered] = []
         for _ in range(self._batch_size):
-            branches = self._render(self._next_example())
+            branches = self._render(next(self._stream))
             rows += [branches] if isinstance(branches, Rendered) else branches
         packs = self._plan(rows, budget=self._budget, share=self._share)
         self._step += 1
-        return StepBatch(tuple(packs), float(self._passes), self._batch_size)
-
-    def _next_example(self) -> Example:
-        while True:
-            if self._source is None:
-                self._source = iter(self._stream)
-            example = next(self._source, None)
-            if example is not None:
-                self._in_pass += 1
-                return example
-            if not self._in_pass:
-                raise DataError("the training stream has no rows", remedy="check data.train")
-            self._stream.restore(self._beginning)
-            self._source, self._in_pass, self._passes = None, 0, self._passes + 1
+        return StepBatch(tuple(packs), float(self._stream.epoch), self._batch_size)
 
     def state(self) -> dict[str, Any]:
-        return {"step": self._step, "passes": self._passes, "in_pass": self._in_pass, "stream": self._stream.state()}
+        return {"step": self._step, "stream": self._stream.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._step, self._passes, self._in_pass = int(state["step"]), int(state["passes"]), int(state["in_pass"])
+        self._step = int(state["step"])
         self._stream.restore(state["stream"])
-        self._source = None
