@@ -48,6 +48,10 @@ class Judge:
         self.max_new_tokens = self.settings.max_new_tokens or self._usual_length()
         self.shots = self._shots()
 
+    def check(self) -> dict[str, float | None]:
+        """Prove every metric on these answers, before any token is paid for; returns each one's chance level."""
+        return predict.self_check(self.scorers, [example.answer for example in self.examples])
+
     def answers(
         self, system: str, model: Any, listener: Listener, *, key: Any, shots: bool = False
     ) -> list[Prediction]:

@@ -22,11 +22,12 @@ def tracked(spec: RunSpec, run: store.Run, *, on_cpu: bool) -> Iterator[Callable
         return
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise MissingExtra(f"train.report_to names {name}, which is not installed", remedy=f"pip install 'luthier[{name}]'")
+            raise MissingExtra(f"train.report_to: {name} is not installed", remedy=f"pip install 'luthier[{name}]'")
     from accelerate import Accelerator
 
     # the loop has an accelerator of its own: both must agree on device and precision
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=list(names), project_dir=str(run.folder / "trackers"))
+    folder = str(run.folder / "trackers")
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=list(names), project_dir=folder)
     settings = {"method": spec.method["name"], "model": spec.model.name, "batch_size": spec.train.batch_size}
     accelerator.init_trackers(spec.name, config=settings)
     try:

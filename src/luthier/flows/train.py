@@ -13,7 +13,7 @@ from luthier import __version__, registry, store
 from luthier import spec as specs
 from luthier.contracts import Adapted, Method
 from luthier.errors import TrainingError, UsageError
-from luthier.evaluate import page, predict
+from luthier.evaluate import page
 from luthier.evaluate import report as reports
 from luthier.flows.events import Listener, Note, Progress, Stage, silent
 from luthier.flows.judge import Judge
@@ -41,7 +41,7 @@ def train(
         judge = _judge(run, spec, prepared, identity, base.config)
         browse = _judge(run, spec, prepared, identity, base.config, dev=True)
 
-        answers, looked = {}, {}
+        answers, looked, chance = {}, {}, judge.check()
         tell(Stage("measure the base", f"{len(judge.examples)} test and {len(browse.examples)} dev rows"))
         answers["base"] = judge.answers("base", base, tell, key="base")
         looked["base"] = browse.answers("base", base, tell, key="base")
@@ -63,8 +63,8 @@ def train(
         digest = card.files["adapter_model.safetensors"]
         answers["tuned"] = judge.answers("tuned", adapted.model, tell, key=digest)
         looked["tuned"] = browse.answers("tuned", adapted.model, tell, key=digest)
-        report = write_report(run, spec, prepared, judge, answers, looked, outcome)
-        run.update(ended=_now(), status="complete", adapter=digest, sentence=report["sentence"])
+        report = write_report(run, spec, prepared, judge, answers, looked, outcome, chance)
+        run.update(ended=now(), status="complete", adapter=digest, sentence=report["sentence"])
         return report
 
 
@@ -82,7 +82,7 @@ def _begin(run: store.Run, spec: RunSpec, resume: bool, overwrite: bool) -> None
         )
     store.sweep_staging(run.folder)
     store.write_text(run.spec, specs.dump(spec))
-    run.update(name=spec.name, status="running", began=_now(), luthier=__version__)
+    run.update(name=spec.name, status="running", began=now(), luthier=__version__)
 
 
 def _split_history(run: store.Run) -> dict[str, str] | None:
@@ -105,16 +105,21 @@ def _load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, 
     )
     if reason := attention.shares_prefixes(base):
         tell(Note(f"prefixes are not shared: {reason}; rows run padded, exact and slower", "warning"))
+    return base, {**identity_of(base, prepared), "base_name": catalog.resolved_name(prepared.model_folder)}
+
+
+def identity_of(base: Any, prepared: Prepared) -> dict[str, Any]:
+    """All that decides a base's answers to a prompt: part of the key of every kept answer."""
+    from luthier.model import catalog
+
     text = prepared.tokenizer
-    identity = {
+    return {
         "base": catalog.base_hash(prepared.model_folder),
-        "base_name": catalog.resolved_name(prepared.model_folder),
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
         "template": store.content_hash([prepared.template.name, prepared.template.source(text)]),
         "tokenizer": text.hash,
     }
-    return base, identity
 
 
 def _judge(
@@ -147,7 +152,8 @@ def _learn(
     checkpoints = Checkpoints(
         run.checkpoints, keep=settings.keep,
         fingerprint=fingerprint(
-            spec, data_hash=prepared.data_hash, base_hash=identity["base"], device=identity["device"], dtype=identity["dtype"]
+            spec, data_hash=prepared.data_hash, base_hash=identity["base"], device=identity["device"],
+            dtype=identity["dtype"],
         ),
     )  # fmt: skip
     training = Training(
@@ -203,25 +209,28 @@ def _card(spec: RunSpec, prepared: Prepared, identity: dict[str, Any], outcome: 
         tokenizer_hash=identity["tokenizer"],
         data_hash=prepared.data_hash,
         dtype=identity["dtype"],
-        metrics={"best_dev_loss": outcome["best_dev_loss"], "step": outcome["restored_step"], "system": prepared.system},
+        metrics={
+            "best_dev_loss": outcome["best_dev_loss"],
+            "step": outcome["restored_step"],
+            "system": prepared.system,
+        },
     )
 
 
 def write_report(
     run: store.Run, spec: RunSpec, prepared: Prepared, judge: Judge, answers: dict[str, Any], looked: dict[str, Any],
-    outcome: dict[str, Any],
+    outcome: dict[str, Any], chance: dict[str, float | None],
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the systems' answers and write `report.json` and `report.html`."""
-    chance = predict.self_check(judge.scorers, [example.answer for example in judge.examples])
     report = reports.build(
         spec=spec.model_dump(mode="json"),
         facts={
             "name": spec.name,
-            "created": _now(),
+            "created": now(),
             "seconds": judge.seconds,
             "training": outcome,
             "data": prepared.facts(),
-            "ledger": {"opened": _openings(run)},
+            "ledger": {"opened": openings(run)},
             "provenance": {
                 **judge.identity, "luthier": __version__, "data": prepared.data_hash, "seed": spec.train.seed,
                 "max_new_tokens": judge.max_new_tokens, "chance": chance,
@@ -238,13 +247,13 @@ def write_report(
     return report
 
 
-def _openings(run: store.Run) -> int:
+def openings(run: store.Run) -> int:
     """Count this look at the test rows in the run's ledger and return the count."""
     told = store.read_json(run.record).get("test_openings", []) if run.record.exists() else []
-    run.update(test_openings=[*told, _now()])
+    run.update(test_openings=[*told, now()])
     return len(told) + 1
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
