@@ -65,7 +65,9 @@ class Dialogue:
 
         A template that rewrites an earlier answer (Qwen3 drops its thinking) leaves it inside the prompt's text.
         """
-        whole = self.asked(messages, given)
+        return self._parted(self.asked(messages, given), messages, given)
+
+    def _parted(self, whole: str, messages: Sequence[Message], given: Tools) -> list[Piece]:
         pieces, at = [], 0
         for index, message in enumerate(messages):
             if message.role != "assistant":
@@ -95,7 +97,7 @@ class Dialogue:
             )
         if not self._ends(answer):
             answer += self.text.ends[0]
-        return [*self.prompt(messages[:-1], given), Piece(answer, len(messages) - 1)]
+        return [*self._parted(asked, messages[:-1], given), Piece(answer, len(messages) - 1)]
 
     def asked(self, messages: Sequence[Message], given: Tools) -> str:
         """The text that generation starts from."""
