@@ -1,0 +1,23 @@
+"""`luthier models list`: what can be tuned by name, and what is here already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.model import catalog
+
+
+def table() -> list[dict[str, Any]]:
+    """One row for each model of the catalog; the keys are stable."""
+    return [
+        {
+            "name": entry.name,
+            "parameters": entry.parameters,
+            "chat": entry.chat,
+            "here": catalog.cached(entry.name) is not None,
+            "licence": entry.licence,
+            "source": entry.sources[0].note,
+            "note": entry.note,
+        }
+        for entry in catalog.entries()
+    ]
