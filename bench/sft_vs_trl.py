@@ -46,7 +46,11 @@ def rows_of(name: str) -> list[list[dict[str, str]]]:
         lines = (SHARED / name / "lamini_docs.jsonl").read_text("utf-8").splitlines()
         pairs = [json.loads(line) for line in lines if line.strip()]
         strip = ("### Question:\n", "\n\n### Answer:")
-        return [_turns("", p["question"].removeprefix(strip[0]).removesuffix(strip[1]), p["answer"]) for p in pairs if p["answer"]]
+        return [
+            _turns("", p["question"].removeprefix(strip[0]).removesuffix(strip[1]), p["answer"])
+            for p in pairs
+            if p["answer"]
+        ]
     if name == "banking77":
         import csv
 
@@ -238,7 +242,9 @@ def _plain(task: dict[str, Any], options: argparse.Namespace) -> tuple[list[floa
 
     model = _adapted(task, _fast_dtype())
     model.train()
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=RATE, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), lr=RATE, weight_decay=0, fused=True
+    )
     stamps, rng, order = [], random.Random(0), []
     for _ in range(options.steps):
         if len(order) < options.batch:
@@ -253,7 +259,11 @@ def _plain(task: dict[str, Any], options: argparse.Namespace) -> tuple[list[floa
             wanted = torch.zeros(len(part), width, dtype=torch.bool)
             for i, row in enumerate(part):
                 size = len(row["ids"])
-                ids[i, :size], mask[i, :size], wanted[i, row["prompt"] - 1 : size - 1] = torch.tensor(row["ids"]), 1, True
+                ids[i, :size], mask[i, :size], wanted[i, row["prompt"] - 1 : size - 1] = (
+                    torch.tensor(row["ids"]),
+                    1,
+                    True,
+                )
             states = model.get_base_model().model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             logits = model.get_base_model().lm_head(states[wanted]).float()
             targets = ids.roll(-1, 1)[wanted]
@@ -309,7 +319,14 @@ def main() -> None:
         print(json.dumps(facts))
         results = [one for number in range(options.rounds) for one in _round(number, folder, options)]
     summary = summarise(results)
-    told = {"data": options.data, "facts": facts, "settings": _settings(options), "machine": _machine(), "summary": summary, "runs": results}
+    told = {
+        "data": options.data,
+        "facts": facts,
+        "settings": _settings(options),
+        "machine": _machine(),
+        "summary": summary,
+        "runs": results,
+    }
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
@@ -322,7 +339,9 @@ def _round(number: int, folder: Path, options: argparse.Namespace) -> list[dict[
     for arm in arms:
         command = [sys.executable, __file__, "--arm", arm, "--folder", str(folder), "--steps", str(options.steps),
                    "--batch", str(options.batch), "--micro", str(options.micro)]  # fmt: skip
-        done = subprocess.run([*command, *(["--dev-loss"] if options.dev_loss else [])], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, *(["--dev-loss"] if options.dev_loss else [])], capture_output=True, text=True, check=False
+        )
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not lines:
             raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
@@ -350,7 +369,11 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(options).items() if key in ("examples", "dev", "steps", "batch", "micro", "rounds")}
+    return {
+        key: value
+        for key, value in vars(options).items()
+        if key in ("examples", "dev", "steps", "batch", "micro", "rounds")
+    }
 
 
 def _machine() -> dict[str, Any]:

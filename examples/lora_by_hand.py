@@ -71,10 +71,10 @@ def main() -> dict[str, float]:
     merged = model(input_ids=ids).logits
     found = {
         "trainable": float(sum(p.numel() for p in learns)),
-        "fresh_difference": float((fresh - before).abs().max()),
+        "fresh_difference": float((fresh - before).detach().abs().max()),
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "merge_difference": float((merged - attached).abs().max()),
+        "merge_difference": float((merged - attached).detach().abs().max()),
     }
     for name, value in found.items():
         print(f"{name:18} {value:.6g}")

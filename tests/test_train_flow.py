@@ -27,7 +27,9 @@ def write_task(folder: Path, rows: int = 60, **changes: str) -> Path:
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for index in range(rows):
             colour, thing = rng.choice(COLOURS), rng.choice(THINGS)
-            noise = " ".join(rng.choice(["please", "now", "well", "so", "and", "then"]) for _ in range(rng.randrange(1, 9)))
+            noise = " ".join(
+                rng.choice(["please", "now", "well", "so", "and", "then"]) for _ in range(rng.randrange(1, 9))
+            )
             question = f"{noise} I saw number {index * 7919 % 1000} a {colour} {thing}"
             answer = json.dumps({"colour": colour, "thing": thing})
             row = [

@@ -15,7 +15,7 @@ from luthier.flows.events import Listener, Stage, silent
 from luthier.flows.judge import Judge
 from luthier.flows.prepare import Prepared, prepare
 from luthier.flows.train import identity_of, now, openings
-from luthier.records import Example
+from luthier.records import Example, Rendered
 
 
 def evaluate(
@@ -33,7 +33,7 @@ def evaluate(
     prepared = prepare(tuned.spec, split_history=sides_of(found), on_event=tell)
     rows = _rows(data, prepared) if data else prepared.test
     folder = found.folder / "evaluations" / Path(data).stem if data else found.predictions / "test"
-    judge = _judge(tuned, prepared, rows, folder)
+    judge = _judge(tuned, prepared, rows, folder, () if data else prepared.rendered_test)
     chance = judge.check()
     assert tuned.adapted is not None, "loaded with its adapter"
     digest = tuned.card.files["adapter_model.safetensors"]
@@ -85,7 +85,9 @@ def _rows(data: str | Path, prepared: Prepared) -> list[Example]:
     return dataset.examples
 
 
-def _judge(tuned: Tuned, prepared: Prepared, rows: Sequence[Example], folder: Path) -> Judge:
+def _judge(
+    tuned: Tuned, prepared: Prepared, rows: Sequence[Example], folder: Path, rendered: Sequence[Rendered]
+) -> Judge:
     return Judge(
         examples=rows,
         shots_from=prepared.train,
@@ -95,6 +97,7 @@ def _judge(tuned: Tuned, prepared: Prepared, rows: Sequence[Example], folder: Pa
         folder=folder,
         identity=identity_of(tuned.model, prepared),
         context=prepared.context,
+        rendered=rendered,
     )
 
 
@@ -105,5 +108,5 @@ def _kept_dev(tuned: Tuned, prepared: Prepared, run: store.Run) -> dict[str, Any
     folder = run.predictions / "dev"
     if not all((folder / f"{system}.jsonl").exists() for system in ("base", "tuned")):
         return None
-    judge = _judge(tuned, prepared, prepared.dev, folder)
+    judge = _judge(tuned, prepared, prepared.dev, folder, prepared.rendered_dev)
     return {system: judge.scored(predict.load(folder / f"{system}.jsonl")) for system in ("base", "tuned")}

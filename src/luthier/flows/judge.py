@@ -17,7 +17,7 @@ from luthier import registry, store
 from luthier.contracts import Scorer, Template
 from luthier.evaluate import predict
 from luthier.flows.events import Answering, Listener
-from luthier.records import Completion, Example, Message, Prediction
+from luthier.records import Completion, Example, Message, Prediction, Rendered
 from luthier.spec import EvaluateSpec
 from luthier.text.render import render_prompt
 from luthier.text.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ class Judge:
     folder: Path  # where answers are kept
     identity: dict[str, Any]  # base, template and tokenizer hashes: part of every key
     context: int | None = None  # tokens the model can read
+    rendered: Sequence[Rendered] = ()  # the items as they were rendered, cut where the task allows it
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,6 +48,7 @@ class Judge:
             self.examples = sorted(self.examples, key=lambda example: example.id)[: self.settings.limit]
         self.max_new_tokens = self.settings.max_new_tokens or self._usual_length()
         self.shots = self._shots()
+        self._ids = {row.example_id: row.ids[: row.prompt_length] for row in self.rendered}
 
     def check(self) -> dict[str, float | None]:
         """Prove every metric on these answers, before any token is paid for; returns each one's chance level."""
@@ -79,6 +81,8 @@ class Judge:
 
     def prompt(self, example: Example, shots: bool = False) -> tuple[int, ...]:
         """Token ids of an item's prompt, with the shown examples between system message and question if asked."""
+        if not shots and example.id in self._ids:
+            return self._ids[example.id]
         turns = example.prompt
         if shots:
             system = tuple(m for m in turns if m.role == "system")

@@ -38,8 +38,8 @@ def train(
         prepared = prepare(spec, split_history=_split_history(run), on_event=tell)
         store.write_json(run.split, prepared.split.as_dict())
         base, identity = _load_base(spec, prepared, tell)
-        judge = _judge(run, spec, prepared, identity, base.config)
-        browse = _judge(run, spec, prepared, identity, base.config, dev=True)
+        judge = _judge(run, spec, prepared, identity)
+        browse = _judge(run, spec, prepared, identity, dev=True)
 
         answers, looked, chance = {}, {}, judge.check()
         tell(Stage("measure the base", f"{len(judge.examples)} test and {len(browse.examples)} dev rows"))
@@ -117,14 +117,14 @@ def identity_of(base: Any, prepared: Prepared) -> dict[str, Any]:
         "base": catalog.base_hash(prepared.model_folder),
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
-        "template": store.content_hash([prepared.template.name, prepared.template.source(text)]),
+        "template": store.content_hash(
+            [prepared.template.name, prepared.template.options.model_dump(mode="json"), prepared.template.source(text)]
+        ),
         "tokenizer": text.hash,
     }
 
 
-def _judge(
-    run: store.Run, spec: RunSpec, prepared: Prepared, identity: dict[str, Any], config: Any, *, dev: bool = False
-) -> Judge:
+def _judge(run: store.Run, spec: RunSpec, prepared: Prepared, identity: dict[str, Any], *, dev: bool = False) -> Judge:
     """The test rows' judge, or the dev rows' (whose items may be read)."""
     return Judge(
         examples=prepared.dev if dev else prepared.test,
@@ -134,7 +134,8 @@ def _judge(
         settings=spec.evaluate,
         folder=run.predictions / ("dev" if dev else "test"),
         identity={key: value for key, value in identity.items() if key != "base_name"},
-        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        context=prepared.context,
+        rendered=prepared.rendered_dev if dev else prepared.rendered_test,
     )
 
 
