@@ -211,8 +211,8 @@ def _ours(arm: str, task: dict[str, Any], options: argparse.Namespace) -> tuple[
     from luthier import registry
     from luthier.records import Rendered
     from luthier.spec import TrainSpec
-    from luthier.train.feed import ShuffledFeed
-    from luthier.train.loop import Training
+    from luthier.training.feed import ShuffledFeed
+    from luthier.training.loop import Training
 
     if arm == "plain":
         return _plain(task, options)

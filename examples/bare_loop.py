@@ -26,7 +26,7 @@ from luthier.spec import TrainSpec
 from luthier.text import pack
 from luthier.text.render import render_all, render_prompt
 from luthier.text.tokenizer import Tokenizer
-from luthier.train.optim import Master, scale
+from luthier.training.optim import Master, scale
 
 EPOCHS, BATCH, RATE, BUDGET = 3, 8, 1e-2, 4096
 

@@ -24,8 +24,8 @@ import toy
 
 from luthier import registry
 from luthier.text import pack
-from luthier.train.checkpoint import opened
-from luthier.train.loop import Training
+from luthier.training.checkpoint import opened
+from luthier.training.loop import Training
 
 STEPS = toy.settings(save_every=1, eval_every=4, patience=None, learning_rate=0.01)
 

@@ -22,10 +22,10 @@ SHELVES = set(registry.SHELVES)
 # Rooms in the order of imports; rooms of one rank do not import each other.
 RANKS = [
     {"errors"}, {"records"}, {"contracts"}, {"registry"}, {"spec"}, {"store"}, {"text", "data"}, {"model"}, SHELVES,
-    {"train", "evaluate", "anatomy", "hub"}, {"serve"}, {"flows"}, {"cli", "web"}, {"__main__"},
+    {"training", "evaluate", "anatomy", "hub"}, {"serve"}, {"flows"}, {"cli", "web"}, {"__main__"},
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
-WORKSHOPS = {"text", "data", "model", "train", "evaluate", "anatomy", "hub", "serve"}
+WORKSHOPS = {"text", "data", "model", "training", "evaluate", "anatomy", "hub", "serve"}
 GROUND = {"errors", "records", "contracts", "registry", "spec", "store"}
 # The public face may lead to flows; a contract's default may lead to the room that does the work.
 ALLOWED = {("contracts", "model")}

@@ -16,8 +16,8 @@ import torch
 from luthier import store
 from luthier.errors import BusyError, CheckpointError, StorageError, UsageError
 from luthier.spec import build
-from luthier.train import checkpoint
-from luthier.train.checkpoint import Checkpoints, fingerprint
+from luthier.training import checkpoint
+from luthier.training.checkpoint import Checkpoints, fingerprint
 
 STATE = {"position": 3, "note": "été"}
 
@@ -150,7 +150,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from luthier.train.checkpoint import Checkpoints
+from luthier.training.checkpoint import Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]))
 checkpoints.save(1, {"master": torch.ones(100)}, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -192,7 +192,7 @@ def test_staging_of_a_killed_process_is_swept(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from luthier.train.checkpoint import opened\n"
+        "import sys; from pathlib import Path; from luthier.training.checkpoint import opened\n"
         "with opened(Path(sys.argv[1])): print('in')"
     )
     with checkpoint.opened(tmp_path) as first:

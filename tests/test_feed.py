@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from luthier.data.stream import Stream
 from luthier.records import Example, Rendered
-from luthier.train.feed import ShuffledFeed, StreamFeed
+from luthier.training.feed import ShuffledFeed, StreamFeed
 
 
 def make(

@@ -24,10 +24,10 @@ from luthier.contracts import Method
 from luthier.errors import TrainingError
 from luthier.records import Loss
 from luthier.text import pack
-from luthier.train.checkpoint import Checkpoints
-from luthier.train.feed import ShuffledFeed
-from luthier.train.loop import Training
-from luthier.train.optim import scale
+from luthier.training.checkpoint import Checkpoints
+from luthier.training.feed import ShuffledFeed
+from luthier.training.loop import Training
+from luthier.training.optim import scale
 
 
 def values(subject: Toy) -> torch.Tensor:
@@ -283,9 +283,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import toy, torch
 from luthier.text import pack
-from luthier.train.checkpoint import Checkpoints
-from luthier.train.feed import ShuffledFeed
-from luthier.train.loop import Training
+from luthier.training.checkpoint import Checkpoints
+from luthier.training.feed import ShuffledFeed
+from luthier.training.loop import Training
 torch.set_num_threads(1)
 subject = toy.Toy(dropout=float(sys.argv[3]))
 asked = toy.settings(eval_every=3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from luthier.errors import CheckpointError, TrainingError
 from luthier.spec import TrainSpec
-from luthier.train.optim import Master, scale
+from luthier.training.optim import Master, scale
 
 LOOSE = 1e9  # a clip that never bites
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import toy
 
-from luthier.train.plan import (
+from luthier.training.plan import (
     ModelFacts,
     Tally,
     facts_of,

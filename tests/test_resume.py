@@ -15,8 +15,8 @@ from toy import Toy
 
 from luthier.records import Pack
 from luthier.text import pack
-from luthier.train import rng
-from luthier.train.checkpoint import Checkpoints, Found, Snapshot
+from luthier.training import rng
+from luthier.training.checkpoint import Checkpoints, Found, Snapshot
 
 TOTAL = 12
 ASKED = toy.settings(save_every=1, eval_every=5, weight_decay=0.01)

@@ -12,8 +12,8 @@ import torch
 
 from luthier.records import Loss, Pack, Rendered
 from luthier.spec import TrainSpec
-from luthier.train.feed import ShuffledFeed
-from luthier.train.loop import Training
+from luthier.training.feed import ShuffledFeed
+from luthier.training.loop import Training
 
 torch.set_num_threads(1)  # so small a model only loses by a second one
 WORDS = 32

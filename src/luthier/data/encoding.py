@@ -22,6 +22,7 @@ BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+LIKE_UTF8 = re.compile(rb"[\xc0-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf7][\x80-\xbf]{3}")  # its shape only
 CHINESE = {"gb2312", "gbk", "cp936", "hz", "gb18030"}  # all are read with their superset
 WESTERN = {"latin_1", "cp1252", "cp1250", "cp1254", "cp1257", "cp858", "cp850", "cp437", "mac_roman", "iso8859_15"}
 
@@ -102,9 +103,9 @@ def _non_ascii_lines(path: Path) -> Iterator[bytes]:
 def _of_sample(lines: list[bytes]) -> str:
     """Decide from the lines that hold non-ASCII bytes; they are known not to be UTF-8 throughout."""
     valid = sum(_decodes(line, "utf-8") for line in lines)
-    if valid >= 0.1 * len(lines):
-        return "utf-8"
     data = b"".join(lines)
+    if valid >= 0.1 * len(lines) or LIKE_UTF8.sub(b"", data).isascii():
+        return "utf-8"
     runs = re.findall(rb"[\x80-\xff]+", data)
     high = sum(map(len, runs))
     if high < 0.15 * len(data) and high < 3 * len(runs):

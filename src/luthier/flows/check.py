@@ -19,8 +19,8 @@ from luthier.records import Example, Rendered
 from luthier.spec import RunSpec
 from luthier.text import pack, show
 from luthier.text.render import Rendering, render_all
-from luthier.train import plan
-from luthier.train.feed import ShuffledFeed
+from luthier.training import plan
+from luthier.training.feed import ShuffledFeed
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -25,7 +25,7 @@ from luthier.spec import DataSpec, RunSpec
 from luthier.text import show
 from luthier.text.render import Rendering, render, render_all
 from luthier.text.tokenizer import Tokenizer
-from luthier.train.feed import ShuffledFeed, StreamFeed
+from luthier.training.feed import ShuffledFeed, StreamFeed
 
 
 @dataclass

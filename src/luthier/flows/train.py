@@ -146,8 +146,8 @@ def _learn(
     """Run the loop; every step goes to `steps.jsonl`, the trackers and the listener. Returns the loop's outcome."""
     from luthier.flows.tracking import tracked
     from luthier.text import pack
-    from luthier.train.checkpoint import Checkpoints, fingerprint
-    from luthier.train.loop import Training
+    from luthier.training.checkpoint import Checkpoints, fingerprint
+    from luthier.training.loop import Training
 
     settings, shares = spec.train, not prepared.separate and spec.train.share_prefixes
     checkpoints = Checkpoints(

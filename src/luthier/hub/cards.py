@@ -50,8 +50,8 @@ def read(folder: Path) -> AdapterCard:
         raise CheckpointError(f"{folder}: the adapter is damaged", faults=faults)
     told: Mapping[str, Any] = store.read_json(folder / CARD)
     known = {f.name for f in dataclasses.fields(AdapterCard)}
-    fields = {key: tuple(value) if key == "parents" else value for key, value in told.items() if key in known}
-    return AdapterCard(**fields)
+    fields: dict[str, Any] = {key: value for key, value in told.items() if key in known}
+    return AdapterCard(**{**fields, "parents": tuple(fields.get("parents", ()))})
 
 
 def template_of(folder: Path, card: AdapterCard) -> Template:

@@ -78,6 +78,6 @@ def _plain(error: json.JSONDecodeError, text: str) -> str:
     """Say what a decoder's message means for a person who wrote the line."""
     if error.msg.startswith("Invalid control character"):
         return f"a control character (U+{ord(text[error.pos]):04X}) stands bare inside a text at column {error.colno}"
-    if error.pos >= len(text.rstrip()):
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
         return "the JSON breaks off before its end"
     return f"is not JSON: {error.msg[:1].lower()}{error.msg[1:]} at column {error.colno}"

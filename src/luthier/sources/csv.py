@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from luthier.contracts import Source
@@ -13,6 +13,7 @@ from luthier.errors import Fault
 from luthier.records import Origin, Row
 
 DELIMITERS = ",;\t|"
+SAMPLE = 100
 csv.field_size_limit(lines.LONGEST)
 
 
@@ -32,8 +33,9 @@ class Csv(Source):
             yield from faults
             return
         if start:
-            feed = _Feed(lines.read(path, encoding, start))
+            feed = _Feed(lines.read(path, encoding, start), lines.unpack(start)[0])
         records = csv.reader(feed, delimiter=delimiter, strict=True)
+        sample: list[Mapping[str, str]] = []
         while True:
             first = feed.number + 1
             try:
@@ -46,14 +48,17 @@ class Csv(Source):
             if faults := feed.faults(path):
                 yield from faults
             elif fields:
-                yield _row(fields, header, Origin(str(path), first), feed.cursor)
+                row = _row(fields, header, Origin(str(path), first), feed.cursor, sample)
+                if isinstance(row, Row) and len(sample) < SAMPLE:
+                    sample.append(row.value)
+                yield row
 
 
 class _Feed:
     """Lines for the csv module, which takes one at a time; what is wrong with them is kept for the record's end."""
 
-    def __init__(self, source: Iterator[lines.Line]) -> None:
-        self._source = source
+    def __init__(self, source: Iterator[lines.Line], before: int = 0) -> None:
+        self._source, self._before = source, before
         self._broken: list[lines.Line] = []
         self._last: lines.Line | None = None
 
@@ -68,7 +73,7 @@ class _Feed:
 
     @property
     def number(self) -> int:
-        return self._last.number if self._last else 0
+        return self._last.number if self._last else self._before
 
     @property
     def cursor(self) -> int:
@@ -101,7 +106,10 @@ def _header_faults(feed: _Feed, header: Sequence[str], path: Path) -> list[Fault
     return [Fault(f"{path}:1", f"the column {name!r} stands twice", "give each a name of its own") for name in twice]
 
 
-def _row(fields: list[str], header: Sequence[str], origin: Origin, cursor: int) -> Row | Fault:
+def _row(
+    fields: list[str], header: Sequence[str], origin: Origin, cursor: int, sample: Sequence[Mapping[str, str]]
+) -> Row | Fault:
+    """The row that a record holds; `sample` are good rows, from which a remedy guesses the columns that matter."""
     named = {name: value for name, value in zip(header, fields, strict=False) if name}
     if len(fields) < len(header) and any(header[len(fields) :]):
         what = f"has {len(fields)} of {len(header)} columns"
@@ -110,7 +118,7 @@ def _row(fields: list[str], header: Sequence[str], origin: Origin, cursor: int) 
     stray = [value for name, value in zip(names, fields, strict=False) if not name and value.strip()]
     if stray:
         what = f"text in a column without a name ({_short(stray[0])})"
-        wish = columns.written(columns.guess([named]), skip=True)
+        wish = columns.written(columns.guess(sample or [named]), skip=True)
         return Fault(str(origin), what, f"quote the text that holds the delimiter, or leave such rows out: {wish}")
     return Row(named, origin, cursor)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from luthier.errors import ModelError
 from luthier.records import Pack
-from luthier.train.feed import ShuffledFeed
+from luthier.training.feed import ShuffledFeed
 
 # Share of the machine's matrix speed that a training step reaches; the rest goes into attention, norms and other
 # passes over memory. An expectation, not yet a calibration: an untuned bf16 prototype reached 0.38 (performance section

@@ -32,7 +32,10 @@ class Feed(Protocol):
     """An endless-enough iterator of step batches that knows where it stands."""
 
     total_steps: int
-    steps_per_epoch: int | None  # None: not known before the data has been read
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """None where it is not known before the data has been read."""
 
     def __iter__(self) -> Iterator[StepBatch]: ...
 

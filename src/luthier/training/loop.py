@@ -26,13 +26,13 @@ from luthier.contracts import Adapted, Method, Objective
 from luthier.errors import CheckpointError, Fault, TrainingError
 from luthier.records import Loss, Pack, Step
 from luthier.spec import TrainSpec
-from luthier.train import rng
-from luthier.train.checkpoint import Checkpoints, Snapshot
-from luthier.train.feed import Feed, StepBatch
-from luthier.train.optim import Master, scale
-from luthier.train.progress import Outcome, Progress
-from luthier.train.ranks import Ranks
-from luthier.train.signals import Stop, asked_to_stop
+from luthier.training import rng
+from luthier.training.checkpoint import Checkpoints, Snapshot
+from luthier.training.feed import Feed, StepBatch
+from luthier.training.optim import Master, scale
+from luthier.training.progress import Outcome, Progress
+from luthier.training.ranks import Ranks
+from luthier.training.signals import Stop, asked_to_stop
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
