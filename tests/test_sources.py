@@ -61,7 +61,7 @@ def test_every_kind_gives_the_same_examples(tmp_path: Path, name: str) -> None:
     assert data.files[0].rows == 3 and data.files[0].format == "qa (prompt = question, answer)"
 
 
-@pytest.mark.parametrize("name", KINDS + ["a.jsonl.gz", "a.csv.gz", "a.parquet.gz"])
+@pytest.mark.parametrize("name", [*KINDS, "a.jsonl.gz", "a.csv.gz", "a.parquet.gz"])
 def test_reading_goes_on_from_any_cursor(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, ROWS * 3)
     source = source_for(path)
@@ -286,7 +286,7 @@ def test_a_quote_that_is_never_closed_is_named_where_it_opens(tmp_path: Path) ->
 def test_a_table_without_a_usable_header_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match="header|twice"):
+    with pytest.raises(DataError, match=r"header|twice"):
         read([path])
 
 
