@@ -25,6 +25,7 @@ LOOKED_AT = 200  # rows from which columns are guessed
 MOSTLY = 0.9
 LABEL_LENGTH, MANY_LABELS = 60, 0.2  # characters of a label; distinct answers per row from which they are no labels
 PROSE_LENGTH = 200
+MANY_TEST, LIMIT = 400, 300
 WANTED_TEST = 100  # held-out rows that an interval of useful width needs
 TAGS = range(2, 21)  # distinct values of a column that slices a report
 DEFAULT_MODEL, EAST_ASIAN_MODEL = "smollm2-135m", "qwen2.5-0.5b"
@@ -67,7 +68,11 @@ def init(folder: str | Path, data: str | Path, *, model: str | None = None) -> d
     others = _siblings(file)
     text = "\n".join(_yaml(Path(folder), file, dataset, guessed, task, others, model)) + "\n"
     store.write_text(target, text)
-    specs.load(target)  # what we write must be read
+    try:
+        specs.load(target)
+    except LuthierError:
+        target.unlink()  # nothing is left that cannot be used
+        raise
     return {
         "task": str(target),
         "file": str(file),
@@ -126,7 +131,7 @@ def _siblings(file: Path) -> dict[str, Path]:
     """Dev and test files that lie beside a training file."""
     if "train" not in file.name.lower():
         return {}
-    found = {}
+    found: dict[str, Path] = {}
     for side, words in SIDES.items():
         names = (re.sub("train", word, file.name, flags=re.IGNORECASE) for word in words)
         paths = [path for name in names if (path := file.with_name(name)).is_file()]
@@ -171,6 +176,11 @@ def _yaml(
     told.add("evaluate:")
     told.add(f"  primary: {task.primary}", task.why)
     told.add(f"  also: [{', '.join(task.also)}]")
+    if _judged(others, len(rows)) > MANY_TEST:
+        told.add(
+            f"  limit: {LIMIT}",
+            "answering is slow on a CPU: so many rows, chosen once; raise it for a narrower interval",
+        )
     return told.lines
 
 
@@ -183,6 +193,14 @@ def _held_out(side: str, folder: Path, others: Mapping[str, Path], rows: int) ->
         return f"  dev: {share}", f"about {count} rows steer training; rows that are nearly the same stay on one side"
     few = "" if count >= WANTED_TEST else f"; {WANTED_TEST} or more would give a narrower interval"
     return f"  test: {share}", f"about {count} rows are judged once, at the end{few}"
+
+
+def _judged(others: Mapping[str, Path], rows: int) -> int:
+    """About how many test rows there will be."""
+    if "test" not in others:
+        return int(0.15 * rows)
+    with others["test"].open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def _model(model: str | None, rows: Sequence[Example]) -> tuple[str, str]:
@@ -219,7 +237,7 @@ def _epochs(rows: int) -> int:
 
 
 def _name(folder: Path) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-.")[:64] or "task"
+    return re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-._")[:64] or "task"
 
 
 def _line(text: str) -> str:

@@ -21,3 +21,17 @@ def table() -> list[dict[str, Any]]:
         }
         for entry in catalog.entries()
     ]
+
+
+def short_table() -> list[dict[str, Any]]:
+    """The same for a terminal."""
+    return [
+        {
+            "name": row["name"],
+            "size": f"{row['parameters'] / 1e6:,.0f} M",
+            "here": row["here"],
+            "licence": row["licence"],
+            "note": row["note"],
+        }
+        for row in table()
+    ]

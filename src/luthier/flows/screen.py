@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -173,7 +174,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]], console: Console, *, empty: st
     if not rows:
         console.print(empty)
         return
-    table = Table(*(str(key).replace("_", " ") for key in rows[0]))
+    table = Table(box=box.SIMPLE_HEAD)
+    for place, key in enumerate(rows[0]):
+        table.add_column(str(key).replace("_", " "), no_wrap=place == 0)
     for row in rows:
         table.add_row(*(Text(visible(_cell(value))) for value in row.values()))
     console.print(table)
