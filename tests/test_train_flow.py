@@ -189,11 +189,12 @@ def test_mistakes_are_listed_all_at_once(tmp_path):
     rows.write_text(rows.read_text("utf-8") + '{"messages": 3}\nnot json\n', "utf-8")
     write_task_lines = len(rows.read_text("utf-8").splitlines())
     path = tmp_path / "task.yaml"
-    path.write_text("model: tiny\ndata: {train: rows.jsonl}\n", "utf-8")
+    path.write_text(f"model: tiny\ndata: {{train: rows.jsonl}}\nruns: {tmp_path}/runs\n", "utf-8")
     with pytest.raises(DataError) as bad:
         luthier.train(path)
     assert f"rows.jsonl:{write_task_lines}" in str(bad.value)
     assert f"rows.jsonl:{write_task_lines - 1}" in str(bad.value)
+    assert not (tmp_path / "runs" / "task" / "run.yaml").exists(), "a mistake leaves no run behind"
 
 
 def test_two_processes_on_one_run_are_refused(tmp_path):

@@ -246,8 +246,9 @@ _READ = {
 
 
 def _turns(row: Mapping[str, Any], column: str, role: str, problems: Problems) -> tuple[Message, ...]:
-    if isinstance(row.get(column), list):
-        return conversation(row[column], column, problems)
+    value = row.get(column)
+    if isinstance(value, list) and any(isinstance(turn, Mapping) for turn in value):
+        return conversation(value, column, problems)
     return (Message(role, _text(row, column, problems, answer=role == "assistant")),)
 
 

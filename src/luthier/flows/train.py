@@ -34,9 +34,9 @@ def train(
     tell = on_event or silent
     run = store.Run(Path(spec.runs) / spec.name)
     with run.lock():
-        _begin(run, spec, resume, overwrite)
+        _make_room(run, resume, overwrite)
         prepared = prepare(spec, split_history=_split_history(run), on_event=tell)
-        store.write_json(run.split, prepared.split.as_dict())
+        _begin(run, spec, prepared)
         base, identity = _load_base(spec, prepared, tell)
         judge = _judge(run, spec, prepared, identity)
         browse = _judge(run, spec, prepared, identity, dev=True)
@@ -68,20 +68,25 @@ def train(
         return report
 
 
-def _begin(run: store.Run, spec: RunSpec, resume: bool, overwrite: bool) -> None:
-    """Open the run's folder: new, resumed, or emptied on request."""
+def _make_room(run: store.Run, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds training already, unless it is resumed or emptied on request."""
     if overwrite and not resume:
         for path in run.folder.iterdir():
             if path != run.lockfile:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if run.spec.exists() and not resume:
+    if (run.steps.exists() or run.adapter.exists()) and not resume:
         raise UsageError(
             "holds a run already",
             where=str(run.folder),
             remedy="go on with --resume, start over with --overwrite, or choose another `name`",
         )
     store.sweep_staging(run.folder)
+
+
+def _begin(run: store.Run, spec: RunSpec, prepared: Prepared) -> None:
+    """Record what is asked, once the rows are known to be fine: a mistake leaves no run behind."""
     store.write_text(run.spec, specs.dump(spec))
+    store.write_json(run.split, prepared.split.as_dict())
     run.update(name=spec.name, status="running", began=now(), luthier=__version__)
 
 
