@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from luthier.data import near, runs
 
-WORDS = "where is my order the blue shoes tomorrow morning please refund broken zip bag a new pair of at noon".split()
+SENTENCE = "where is my order the blue shoes tomorrow morning please refund broken zip bag a new pair of at noon"
+WORDS = SENTENCE.split()
 
 
 def sentence(generator: random.Random, length: int = 12) -> str:

@@ -352,6 +352,13 @@ def test_plain_text_is_one_document_a_block(tmp_path: Path) -> None:
     assert data.files[0].format == "text (text)" and data.examples[0].prompt == ()
 
 
+def test_json_lines_under_a_text_name_are_not_taken_for_prose(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text('{"text": "x", "label": "y"}\n' * 3, encoding="utf-8")
+    with pytest.raises(DataError, match=r"a.txt:1: holds JSON Lines, not plain text -> name the file .jsonl"):
+        read([path])
+
+
 def test_a_damaged_gzip_names_the_place(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl.gz", ROWS * 2000)
     path.write_bytes(path.read_bytes()[:-40])

@@ -76,6 +76,7 @@ class File:
         self.source = source_for(self.path)
         self.encoding = known(parsing.encoding) if parsing.encoding else detected(self.path)
         self.layout: formats.Layout | None = None
+        self.unclear = False  # no layout fits its rows
 
     def rows(self, start: int = 0) -> Iterator[Row | Fault]:
         """Raw rows and faults from a cursor on."""
@@ -99,7 +100,9 @@ class File:
     def _recognise(self, rows: list[Mapping[str, Any]]) -> None:
         if rows:
             asked = self.parsing
+            self.unclear = True
             self.layout = formats.recognise(rows, format=asked.format, columns=asked.columns, tags=asked.tags)
+            self.unclear = False
 
     def _example(self, row: Row) -> Example | list[Fault]:
         if self.layout is None:  # the first rows were all bad

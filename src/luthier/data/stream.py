@@ -124,8 +124,8 @@ class Stream:
             self._place, self._cursor = self._place + 1, 0
 
     def _bad(self, index: int, faults: Sequence[Fault]) -> None:
-        if not self._skips or self.files[index].layout is None:
-            raise bad_rows(faults, can_skip=self.files[index].layout is not None)
+        if not self._skips or self.files[index].unclear:
+            raise bad_rows(faults, can_skip=not self.files[index].unclear)
         self.skipped += 1
 
     def _read_again(self, wanted: Sequence[tuple[int, int]]) -> list[_Held]:

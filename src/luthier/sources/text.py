@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ class Text(Source):
         """Yield a row for each block; a block with a line that cannot be read is a fault."""
         block: list[lines.Line] = []
         for line in lines.read(path, encoding, start):
+            if line.number == 1 and _is_object(line.text):
+                yield Fault(f"{path}:1", "holds JSON Lines, not plain text", "name the file .jsonl")
+                return
             if line.text.strip() or line.problem:
                 block.append(line)
             elif block:
@@ -30,6 +34,13 @@ class Text(Source):
                 block = []
         if block:
             yield from _document(block, path)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return bool(isinstance(json.loads(text), dict))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _document(block: list[lines.Line], path: Path) -> Iterator[Row | Fault]:
