@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS ?= dev,chinese
 
-# Two processes with one thread each: tiny models gain nothing from threads, and the suite is as wide as the machine.
-FAST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+# Two processes with one thread each: tiny models gain nothing from threads. A file stays in one process: its fixtures
+# are made once.
+FAST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 SLOW := $(BIN)/python -m pytest -m "slow and not gpu" --durations=10
 
 .PHONY: help venv demo test test-fast test-slow lint format bench clean

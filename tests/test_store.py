@@ -160,7 +160,7 @@ def test_a_failing_fill_leaves_no_trace(tmp_path):
 def test_a_folder_caught_between_its_two_renames_comes_back(tmp_path):
     final = tmp_path / "folder"
     store.publish_folder(final, fill_with("old"))
-    os.rename(final, tmp_path / f"{store.STAGING}old-folder-0123abcd")
+    final.rename(tmp_path / f"{store.STAGING}old-folder-0123abcd")
     (tmp_path / f"{store.STAGING}folder-89ab0123").mkdir()
     store.sweep_staging(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]

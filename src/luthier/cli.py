@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,13 +60,20 @@ def train(
         check(task, overrides, as_json)
         return
     from luthier import spec, store
+    from luthier.errors import TrainingError
 
     asked = spec.load(task, overrides or ())
     from luthier.flows.train import train as flow
 
-    with _watching() as listener:
-        report = flow(asked, resume=resume, overwrite=overwrite, on_event=listener)
-    _report(report, as_json, where=str(store.Run(Path(asked.runs) / asked.name).html))
+    run = store.Run(Path(asked.runs) / asked.name)
+    try:
+        with _watching() as listener:
+            report = flow(asked, resume=resume, overwrite=overwrite, on_event=listener)
+    except TrainingError as error:
+        if run.record.exists() and store.read_json(run.record).get("status") == "interrupted":
+            error.exit_code = INTERRUPTED
+        raise
+    _report(report, as_json, where=str(run.html))
 
 
 @app.command()
@@ -296,6 +304,8 @@ def version(as_json: AsJson = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if os.environ.get("LUTHIER_DEBUG") != "1":
+        warnings.filterwarnings("ignore", category=FutureWarning)  # libraries to each other, not to a user
     try:
         code = app(given, standalone_mode=False)
         if code == INTERRUPTED:
@@ -316,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _foreign(error: Exception) -> LuthierError:
-    """An error that is not ours as one sentence: wrong use that typer found, the machine's limits, or a fault of ours."""
+    """An error that is not ours in one sentence: wrong use that typer found, the machine's limits, or our own fault."""
     if hasattr(error, "format_message"):
         return UsageError(error.format_message(), remedy="luthier COMMAND --help lists what there is")
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):

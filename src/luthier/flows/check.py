@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import registry
 from luthier.data.check import FAULT, WARNING, CheckReport, Finding
 from luthier.data.check import check as look
 from luthier.data.profile import Lengths
-from luthier.errors import DataError, Fault
+from luthier.data.split import SIDES
+from luthier.errors import Fault
 from luthier.flows.events import Listener, Stage, silent
-from luthier.flows.gather import Gathered, gather
-from luthier.flows.prepare import Prepared, assemble, limit_of
-from luthier.records import Example, Rendered
+from luthier.flows.gather import gather
+from luthier.flows.prepare import Prepared, assemble, limit_of, render_rows
+from luthier.records import Rendered
 from luthier.spec import RunSpec
 from luthier.text import pack, show
-from luthier.text.render import Rendering, render_all
 from luthier.training import plan
 from luthier.training.feed import ShuffledFeed
 
@@ -65,11 +66,13 @@ def check(spec: RunSpec, *, forecast: bool = True, on_event: Listener | None = N
     found = gather(spec, on_event=tell)
     limit = limit_of(spec.data, found.context)
     tell(Stage("check the rows", f"{len(found.examples)} rows"))
-    rendering, broken = _render(found)
+    rendering, unrenderable = render_rows(found, found.examples, skip=True)
+    kept = {row.example_id for row in rendering.rendered}
+    skips = spec.data.on_bad == "skip"
     report = look(
-        {"train": found.sides.train, "dev": found.sides.dev, "test": found.sides.test},
+        {side: [example for example in getattr(found.sides, side) if example.id in kept] for side in SIDES},
         files=found.files,
-        faults=found.bad,
+        faults=[*found.bad, *(unrenderable if skips else ())],
         quarantined=found.sides.quarantined,
         lengths={row.example_id: _lengths(row) for row in rendering.rendered},
         limit=limit,
@@ -77,6 +80,10 @@ def check(spec: RunSpec, *, forecast: bool = True, on_event: Listener | None = N
         template=found.template.name,
         special=found.tokenizer.specials,
     )
+    broken = [
+        Finding(WARNING if skips else FAULT, "unrenderable", one.what, (one.where,), one.remedy, 1)
+        for one in unrenderable
+    ]
     report = dataclasses.replace(report, findings=[*broken, *report.findings])
     long = any(limit is not None and len(row.ids) > limit for row in rendering.rendered)
     ready = None if report.faults else assemble(found, [], None if long else rendering)
@@ -148,19 +155,6 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _render(found: Gathered) -> tuple[Rendering, list[Finding]]:
-    """Render all rows at their full length; those that cannot be are findings."""
-    examples: Sequence[Example] = found.examples
-    try:
-        return render_all(examples, found.template, found.tokenizer), []
-    except DataError as error:
-        faults = error.faults
-    broken = [Finding(FAULT, "unrenderable", one.what, (one.where,), one.remedy, 1) for one in faults]
-    bad = {one.where.partition(" (")[0] for one in faults}
-    rest = [example for example in examples if str(example.origin) not in bad]
-    return render_all(rest, found.template, found.tokenizer), broken
-
-
 def _lengths(row: Rendered) -> Lengths:
     return Lengths(row.prompt_length, len(row.ids) - row.prompt_length)
 
@@ -194,7 +188,7 @@ def print_checked(checked: Checked, console: Console) -> None:
 
     files = Table("file", "rows", "bad", "format", "encoding", title="Files", title_justify="left")
     for info in checked.report.files:
-        cells = (info.path, info.rows, info.skipped, info.format, info.encoding)
+        cells = (Path(info.path).name, info.rows, info.skipped, info.format, info.encoding)
         files.add_row(*(Text(show.visible(str(cell))) for cell in cells))
     console.print(files)
     sides = Table("side", "rows", "prompt tokens", "answer tokens", "longest", title="Sides", title_justify="left")

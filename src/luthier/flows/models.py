@@ -28,7 +28,7 @@ def short_table() -> list[dict[str, Any]]:
     return [
         {
             "name": row["name"],
-            "size": f"{row['parameters'] / 1e6:,.0f} M",
+            "size": f"{row['parameters'] / 1e6:,.{0 if row['parameters'] > 1e6 else 1}f} M",
             "here": row["here"],
             "licence": row["licence"],
             "note": row["note"],

@@ -27,6 +27,8 @@ from luthier.text.render import Rendering, render, render_all
 from luthier.text.tokenizer import Tokenizer
 from luthier.training.feed import ShuffledFeed, StreamFeed
 
+OVER_LONG = "tokens, the limit is"  # in the words of `text.render`
+
 
 @dataclass
 class Prepared:
@@ -50,6 +52,7 @@ class Prepared:
     separate: str
     files: list[FileInfo]
     bad: list[Fault]  # rows that were left out because the task says `on_bad: skip`
+    unrenderable: list[Fault]  # rows that were left out because the template cannot render them (`on_bad: skip`)
     leaks: list[guard.Leak]  # training rows that were taken out
     stream: Stream | None = None
     check: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +79,7 @@ class Prepared:
 
     @property
     def skipped(self) -> int:
-        return sum(info.skipped for info in self.files)
+        return sum(info.skipped for info in self.files) + len(self.unrenderable)
 
     @property
     def quarantined(self) -> list[Example]:
@@ -181,9 +184,10 @@ def assemble(found: Gathered, leaks: Sequence[guard.Leak], rendering: Rendering 
     """Leave the leaking rows out and render the others (unless they are at hand); DataError with all that cannot be."""
     sides, data = found.sides, found.spec.data
     train = guard.without_leaks(sides.train, leaks)
+    broken: list[Fault] = []
     if rendering is None:
-        limit, rows = limit_of(data, found.context), [*train, *sides.dev, *sides.test]
-        rendering = render_all(rows, found.template, found.tokenizer, limit, data.truncate)
+        rows, limit = [*train, *sides.dev, *sides.test], limit_of(data, found.context)
+        rendering, broken = render_rows(found, rows, limit=limit, skip=data.on_bad == "skip")
     kept = {row.example_id for row in rendering.rendered}
     return Prepared(
         spec=found.spec,
@@ -199,9 +203,29 @@ def assemble(found: Gathered, leaks: Sequence[guard.Leak], rendering: Rendering 
         separate=found.separate,
         files=found.files,
         bad=found.bad,
+        unrenderable=broken,
         leaks=list(leaks),
         stream=found.stream,
     )
+
+
+def render_rows(
+    found: Gathered, rows: Sequence[Example], *, limit: int | None = None, skip: bool = False
+) -> tuple[Rendering, list[Fault]]:
+    """Render rows; with `skip` those that no template could render are left out and told, over-long ones never are."""
+
+    def rendering(examples: Sequence[Example]) -> Rendering:
+        return render_all(examples, found.template, found.tokenizer, limit, found.spec.data.truncate)
+
+    try:
+        return rendering(rows), []
+    except DataError as error:
+        if not skip:
+            raise
+        faults = error.faults
+    bad = {fault.where.partition(" (")[0] for fault in faults if OVER_LONG not in fault.what}
+    left_out = [fault for fault in faults if OVER_LONG not in fault.what]
+    return rendering([example for example in rows if str(example.origin) not in bad]), left_out
 
 
 def held_out(run: store.Run) -> list[Example]:
