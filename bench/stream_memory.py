@@ -39,9 +39,10 @@ def generate(path: Path, size: int) -> int:
     generator, rows = random.Random(0), 0
     blocks = [" ".join(generator.choices(WORDS, k=140)) for _ in range(500)]
     with path.open("w", encoding="utf-8") as file:
-        while file.tell() < size if rows % 1000 == 0 else True:
+        written = 0
+        while written < size:
             row = {"question": f"{rows} {generator.choice(blocks)}", "answer": f"answer {rows}"}
-            file.write(json.dumps(row) + "\n")
+            written += file.write(json.dumps(row) + "\n")
             rows += 1
     return rows
 

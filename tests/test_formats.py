@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from luthier.data.formats import FORMATS, Layout, Unrecognised, parse, recognise
 from luthier.data.read import read
@@ -304,6 +306,37 @@ def test_preference_rows_keep_both_answers(name: str) -> None:
 
 def test_a_pair_without_a_shared_prompt_is_a_fault() -> None:
     assert "share no prompt" in faults({"chosen": "a", "rejected": "b"})
+
+
+# ---- anything at all -----------------------------------------------------------------------------------------------
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls", "x"]), inner, max_size=3
+        ),
+    ),
+    max_leaves=8,
+)
+KEYS = ["messages", "conversations", "instruction", "output", "prompt", "completion", "chosen", "rejected", "question",
+        "answer", "text", "tools", "system", "history", "label", "rejected_response", "input"]  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), st.sampled_from([None, *FORMATS]))
+@settings(max_examples=400, deadline=None)
+def test_no_row_raises_anything_but_a_refusal(row: dict[str, Any], format: str | None) -> None:
+    try:
+        found = outcome(row, format=format)
+    except Unrecognised as error:
+        assert error.what and error.remedy
+        return
+    if isinstance(found, Example):
+        json.dumps([message.as_dict() for message in found.messages], ensure_ascii=False).encode()
+        assert found.messages[-1].role == "assistant"
+    else:
+        assert found and all(fault.what for fault in found)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

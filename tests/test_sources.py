@@ -103,6 +103,25 @@ def test_encodings_are_detected_and_named(
     assert data.examples[-1].answer == rows[-1]["answer"]
 
 
+ORDER = "please put this message of a customer into one of the classes: "
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "named"),
+    [
+        (ORDER + "退货", "gb18030", "gb18030"),
+        (ORDER + "café", "latin-1", "latin-1"),
+        ("Что нужно есть при высоком давлении?", "cp1251", "cp1251"),
+        ("高血壓患者可以吃黨參嗎？請問醫生。", "big5", "big5"),
+        ("고혈압 환자는 무엇을 먹어야 합니까?", "euc-kr", "cp949"),
+    ],
+)
+def test_few_foreign_letters_and_other_languages(tmp_path: Path, text: str, encoding: str, named: str) -> None:
+    rows = [{"question": f"{text} {n}", "answer": "a"} for n in range(20)]
+    data = read([write(tmp_path / "a.jsonl", rows, encoding)])
+    assert data.files[0].encoding == named and data.examples[7].question == f"{text} 7"
+
+
 def test_one_odd_byte_late_in_a_big_latin_file(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"question,answer\n" + b"plain text,plain answer\n" * 60_000 + b"caf\xe9,oui\n")

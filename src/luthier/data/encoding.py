@@ -24,7 +24,9 @@ BOMS = (
 )
 LIKE_UTF8 = re.compile(rb"[\xc0-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf7][\x80-\xbf]{3}")  # its shape only
 CHINESE = {"gb2312", "gbk", "cp936", "hz", "gb18030"}  # all are read with their superset
-WESTERN = {"latin_1", "cp1252", "cp1250", "cp1254", "cp1257", "cp858", "cp850", "cp437", "mac_roman", "iso8859_15"}
+WESTERN = {"latin_1", "cp1252", "cp1250", "cp1254", "cp1257", "iso8859_15"}
+EASTERN = ("gb", "hz", "big5", "cp93", "cp949", "cp950", "euc", "shift", "johab", "iso2022")
+RARE = ("cp4", "cp7", "cp8", "mac_", "hp_", "ptcp")  # what a guess by frequency says of a few odd bytes
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -108,7 +110,7 @@ def _of_sample(lines: list[bytes]) -> str:
         return "utf-8"
     runs = re.findall(rb"[\x80-\xff]+", data)
     high = sum(map(len, runs))
-    if high < 0.15 * len(data) and high < 3 * len(runs):
+    if high < 0.15 * len(data) and high < 3 * len(runs) and not _like_chinese(runs):
         return _western(data)  # a few odd bytes in Latin text: too little evidence for a guess by frequency
     return _by_frequency(lines, data)
 
@@ -117,15 +119,25 @@ def _by_frequency(lines: list[bytes], data: bytes) -> str:
     """Let charset_normalizer weigh the languages; an answer must decode nearly every line."""
     from charset_normalizer import from_bytes
 
-    for match in from_bytes(data[:CHUNK]):
-        name = match.encoding
+    names = [match.encoding for match in from_bytes(data[:CHUNK]) if not match.encoding.startswith(RARE)]
+    chinese = _like_chinese(re.findall(rb"[\x80-\xff]+", data))
+    for name in names:
+        if chinese and not name.startswith(EASTERN):
+            name = "gb18030"
         if name in WESTERN:
             return _western(data)
         name = "gb18030" if name in CHINESE else name.replace("_", "-")
         if sum(_decodes(line, name) for line in lines) >= 0.99 * len(lines):
             return name
-    mostly_chinese = sum(_decodes(line, "gb18030") for line in lines) >= 0.99 * len(lines)
-    return "gb18030" if mostly_chinese else _western(data)
+    decodes = sum(_decodes(line, "gb18030") for line in lines) >= 0.99 * len(lines)
+    return "gb18030" if decodes and chinese else _western(data)
+
+
+def _like_chinese(runs: list[bytes]) -> bool:
+    """Runs of byte pairs, nearly all of them among GB2312's 3,755 usual characters or its punctuation."""
+    pairs = [run[place : place + 2] for run in runs for place in range(0, len(run), 2)]
+    usual = sum(re.fullmatch(rb"[\xa1-\xa3\xb0-\xd7][\xa1-\xfe]", pair) is not None for pair in pairs)
+    return usual >= 0.9 * len(pairs) > 0
 
 
 def _western(data: bytes) -> str:

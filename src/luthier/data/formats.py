@@ -67,9 +67,15 @@ def recognise(
 
 
 def parse(
-    row: Mapping[str, Any], layout: Layout, origin: Origin, *, tags: Sequence[str] = (), system: str | None = None
+    row: Mapping[str, Any],
+    layout: Layout,
+    origin: Origin,
+    *,
+    tags: Sequence[str] = (),
+    system: str | None = None,
+    where: str = "",
 ) -> Example | list[Fault]:
-    """Turn a row into an example; or all that is wrong with it."""
+    """Turn a row into an example; or all that is wrong with it, at `where` (its origin, where none is given)."""
     problems = Problems()
     messages, rejected = _READ[layout.name](row, layout.fields, problems)
     tools = tools_of(row.get("tools") or row.get("functions"), problems)
@@ -78,7 +84,7 @@ def parse(
         messages = _with_system(messages, _system(row, layout.fields, problems), system)
         _check_turns(messages, problems, needs_prompt=layout.name != "text")
     if problems:
-        return [Fault(str(origin), what, remedy) for what, remedy in problems]
+        return [Fault(where or str(origin), what, remedy) for what, remedy in problems]
     return Example(messages, origin, rejected=rejected, tools=tools, tags=told)
 
 
@@ -149,7 +155,8 @@ def _question_answer(lower: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
         return Layout("qa", {"prompt": questions[0], "answer": answers[0], **_pick(lower, system="system")})
     columns = _listed(lower.values())
     if not any(isinstance(value, str | int | float) for row in rows for value in row.values()):
-        raise Unrecognised(f"has no known layout: a row holds only {columns}, and no text", f"write {ONE_ROW}")
+        what = f"has no known layout: a row is {_sketch(rows[0])}, with no text of its own"
+        raise Unrecognised(what, f"make its prompt and its answer from that, and write {ONE_ROW}")
     if contexts and questions and answers:
         what = f"the column '{contexts[0]}' would be left out ({columns}): is it part of the question?"
         raise Unrecognised(what, f"join it into the question's text, or leave it out with {written(guess(rows, tags))}")
@@ -175,6 +182,16 @@ def _refuse_unpaired(lower: Mapping[str, str], row: Mapping[str, Any]) -> None:
         if name in lower and isinstance(row[lower[name]], bool):
             what = f"marks its answers as good or bad in '{lower[name]}': learning from all would teach the bad ones"
             raise Unrecognised(what, f"keep the rows where {lower[name]} is true, and drop that column")
+
+
+def _sketch(value: Any, depth: int = 4) -> str:
+    """The shape of a nested value: its keys, and the first entry of its lists."""
+    if isinstance(value, Mapping) and value and depth:
+        shown = [f'"{key}": {_sketch(inner, depth - 1)}' for key, inner in list(value.items())[:4]]
+        return "{" + ", ".join(shown) + (", ...}" if len(value) > 4 else "}")
+    if isinstance(value, list) and value and depth:
+        return f"[{_sketch(value[0], depth - 1)}, ...]"
+    return "..."
 
 
 def _pick(lower: Mapping[str, str], **parts: str) -> dict[str, str]:

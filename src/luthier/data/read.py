@@ -111,10 +111,10 @@ class File:
             except formats.Unrecognised as error:
                 return [Fault(str(row.origin), error.what, error.remedy)]
         assert self.layout is not None
-        parsed = formats.parse(row.value, self.layout, row.origin, tags=self.parsing.tags, system=self.parsing.system)
-        if isinstance(parsed, Example):
-            parsed.__dict__["origin"] = Origin(self.name, row.origin.line)
-        return parsed
+        origin, asked = Origin(self.name, row.origin.line), self.parsing
+        return formats.parse(
+            row.value, self.layout, origin, tags=asked.tags, system=asked.system, where=str(row.origin)
+        )
 
     @staticmethod
     def _first_row(rows: Sequence[Row | Fault]) -> str:
