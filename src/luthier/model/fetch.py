@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier import store
 from luthier.errors import ModelError
 from luthier.model import gguf, tiny, wheels
 from luthier.model.digest import file_digest
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 Progress = Callable[[str], None]
 
@@ -78,40 +81,39 @@ class HubSource(Source):
 
     def _snapshot(self, progress: Progress) -> Path:
         """The repository's folder in the hub's own cache; out of reach, what is there already serves."""
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi
 
+        hub = HfApi()
         want: dict[str, Any] = {
             "repo_id": self.repo_id,
+            "revision": self.revision,  # not the commit: only then does the hub's cache know it by this name
             "allow_patterns": list(HUB_FILES),
             "ignore_patterns": list(HUB_NOT),
         }
         try:
-            commit = self._commit()
+            self._require_safetensors(hub)
             progress(f"downloading {self.repo_id} from the hub")
-            return Path(snapshot_download(**want, revision=commit))
+            return Path(hub.snapshot_download(**want))
         except ModelError:
             raise
         except Exception as error:  # the hub client's, httpx's or the socket's: all mean "not from there, not now"
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             try:
-                return Path(snapshot_download(**want, revision=self.revision, local_files_only=True))
+                return Path(hub.snapshot_download(**want, local_files_only=True))
             except Exception:
                 what, remedy = _explain(error, self)
                 raise ModelError(what, where=self.repo_id, remedy=remedy) from error
 
-    def _commit(self) -> str:
-        """The commit that the revision stands for, after a look at what the repository holds."""
-        from huggingface_hub import HfApi
-
-        found = HfApi().model_info(self.repo_id, revision=self.revision, timeout=HUB_TIMEOUT)
+    def _require_safetensors(self, hub: HfApi) -> None:
+        """Ask what the repository holds: a quick question that also tells whether anybody answers."""
+        found = hub.model_info(self.repo_id, revision=self.revision, timeout=HUB_TIMEOUT)
         if not any(item.rfilename.endswith(".safetensors") for item in found.siblings or ()):
             raise ModelError(
                 "holds no safetensors; pickled weights can run code when they are read and are not loaded",
                 where=self.repo_id,
                 remedy="name a `revision` that has them (often refs/pr/1), or convert the model and give its folder",
             )
-        return str(found.sha)
 
 
 def _explain(error: Exception, source: HubSource) -> tuple[str, str]:
