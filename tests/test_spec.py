@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import jsonschema
 import pytest
@@ -274,3 +275,27 @@ def test_every_shipped_task_loads_and_fits_the_schema(path):
 
 def test_there_are_shipped_tasks():
     assert ROOT / "demo" / "task.yaml" in SHIPPED
+
+
+def table_line(name: str, setting) -> str:
+    """The line of docs/train.md for a setting."""
+    default = "required" if setting.is_required() else setting.get_default(call_default_factory=True)
+    shown = str(list(default)) if isinstance(default, tuple) else str(default)
+    shown = {"None": "—", "": "—", "True": "true", "False": "false"}.get(shown, shown)
+    if get_origin(setting.annotation) is Literal:
+        shown += f" (of {', '.join(map(str, get_args(setting.annotation)))})"
+    return f"| `{name}` | {shown} | {setting.description} |"
+
+
+def test_the_page_on_training_tells_every_setting_as_it_is():
+    told = (ROOT / "docs" / "train.md").read_text("utf-8").splitlines()
+    wanted = [
+        table_line(f"{part}.{name}", setting)
+        for part in ("model", "data", "train", "evaluate")
+        for name, setting in spec._fields_at([part]).items()
+    ]
+    wanted += [table_line(name, spec.RunSpec.model_fields[name]) for name in ("name", "runs")]
+    missing = [line for line in wanted if line not in told]
+    assert not missing, "docs/train.md lacks:\n" + "\n".join(missing)
+    for name in spec.RunSpec.model_fields:
+        assert any(f"`{name}`" in line or f"`{name}." in line for line in told), name
