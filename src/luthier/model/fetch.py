@@ -129,7 +129,7 @@ def _explain(error: Exception, source: HubSource) -> tuple[str, str]:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "offline mode is on and the hub's cache does not hold it", "unset HF_HUB_OFFLINE"
     remedy = "check the network or set HF_ENDPOINT to a mirror; a local folder or .gguf file works without one"
-    return f"the hub did not answer ({type(error).__name__}: {str(error)[:160]})", remedy
+    return f"the hub did not answer ({type(error).__name__}: {str(error).partition(chr(10))[0][:160]})", remedy
 
 
 def _link(source: Path, target: Path) -> None:

