@@ -37,7 +37,7 @@ class DataSpec(_Part):
     dev: float | list[str] = Field(0.15, description="share of train, or files: steers training and error browsing")
     test: float | list[str] = Field(0.15, description="share of train, or files: judged once, at the end")
     format: str | None = Field(
-        None, description="messages, sharegpt, alpaca, prompt_completion, qa, text; else detected"
+        None, description="messages, sharegpt, alpaca, prompt_completion, qa, text, preference; else detected"
     )
     columns: dict[str, str] | None = Field(None, description="{prompt: my_question_column, answer: my_answer_column}")
     tags: list[str] = Field(default_factory=list, description="columns to keep for slices of the report")
@@ -209,7 +209,7 @@ def build(
         found += _schema_faults(error)
     parts = {key: tree.get(key) for key in SHELF_OF}
     for key, value in parts.items():
-        value = RunSpec._plugin_by_name(value)  # noqa: SLF001
+        value = RunSpec._plugin_by_name(value)
         if isinstance(value, Mapping):
             found += registry.check(SHELF_OF[key], value, key)
     evaluate = tree.get("evaluate")

@@ -64,7 +64,7 @@ def gather(
     tell(Stage("read the rows", ", ".join(Path(path).name for path in spec.data.train)))
     datasets = read_rows(spec.data)
     stream = open_stream(spec.data) if spec.data.stream else None
-    sample = list(islice(open_stream(spec.data, buffer=1), SAMPLED)) if stream else []
+    sample = _first_rows(spec.data) if stream else []
     return Gathered(
         spec=spec,
         template=template,
@@ -76,6 +76,16 @@ def gather(
         sides=sides_of(spec.data, datasets, split_history, sample),
         stream=stream,
     )
+
+
+def _first_rows(data: DataSpec) -> list[Example]:
+    """The first rows of a stream, at most one pass of it (a stream itself never ends)."""
+    stream, rows = open_stream(data, buffer=1), list[Example]()
+    for example in islice(stream, SAMPLED):
+        if stream.epoch > 0:
+            break
+        rows.append(example)
+    return rows
 
 
 def read_rows(data: DataSpec) -> dict[str, Dataset]:
