@@ -220,3 +220,40 @@ def test_help_answers_at_once_and_without_torch():
     assert done.stderr.strip() == "[]"
     assert "train" in done.stdout and done.stdout.rstrip().endswith("0")
     assert seconds < 3, f"{seconds:.2f} s, on a busy machine; alone it is below 0.5"
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    told = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    quoted = [text for line in told.splitlines() if line.startswith("### ") for text in re.findall(r"`([^`]+)`", line)]
+    code = "\n".join(path.read_text("utf-8") for path in FILES)
+    assert len(quoted) > 15
+    assert not [text for text in quoted if text not in code]
+
+
+def test_pages_link_to_what_is_there():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    dead = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+        if not (page.parent / target).exists()
+    ]
+    assert not dead
+
+
+def test_every_command_has_a_page():
+    told = "\n".join(page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md"))
+    from luthier.cli import app
+
+    for command in app.registered_commands:
+        assert f"luthier {command.callback.__name__}" in told
+
+
+def test_both_readmes_say_the_same():
+    """Equal commands, YAML, links and code; only the words differ."""
+    english, chinese = ((ROOT / name).read_text("utf-8") for name in ("README.md", "README.zh-CN.md"))
+    for pattern in (r"^    (\S[^#\n]*?)\s*(?:#|$)", r"```\w+\n(.*?)```", r"\]\((docs/[^)]+|[A-Z]+\.md)\)"):
+        found = [re.findall(pattern, text, re.MULTILINE | re.DOTALL) for text in (english, chinese)]
+        assert found[0], pattern
+        assert [one for one in found[0] if "README" not in one] == [one for one in found[1] if "README" not in one]
+    assert len(re.findall(r"^## ", english, re.MULTILINE)) == len(re.findall(r"^## ", chinese, re.MULTILINE))
