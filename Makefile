@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS ?= dev,chinese
+EXTRAS ?= dev
 
 # Two processes with one thread each: tiny models gain nothing from threads. A file stays in one process: its fixtures
 # are made once.

@@ -453,12 +453,8 @@ def test_ctrl_c_ends_with_130_and_the_run_goes_on(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in err and "--resume" in err.splitlines()[-1]
-    last = len(store.read_jsonl(steps))
-    assert 3 < last < 1000
-    again = [*command, "--resume", f"train.max_steps={last + 2}"]
-    done = subprocess.run(again, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1, 2), "a changed length is taken or refused in words"
-    assert "Traceback" not in done.stderr
+    assert 3 < len(store.read_jsonl(steps)) < 1000
+    assert store.read_json(steps.with_name("record.json"))["status"] == "interrupted"
 
 
 # ---------------------------------------------------------------- the screen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -248,17 +249,21 @@ def test_dump_and_load_are_inverse(tmp_path_factory, tree):
     assert again == spec.resolve_paths(built, path.parent)
 
 
+@cache
+def schema_check() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(spec.json_schema())
+
+
 @settings(max_examples=80, deadline=None)
 @given(specs)
 def test_what_loads_fits_the_schema(tree):
     spec.build(tree)
-    jsonschema.validate(tree, spec.json_schema(), jsonschema.Draft202012Validator)
+    schema_check().validate(tree)
 
 
 def test_the_schema_is_a_schema_and_refuses_what_load_refuses():
-    schema = spec.json_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    check = jsonschema.Draft202012Validator(schema)
+    check = schema_check()
+    check.check_schema(check.schema)
     for wrong in ({"modell": "tiny"}, {"method": {"name": "lora", "rnk": 3}}, {"train": {"epochs": 0}}):
         tree = {"model": "tiny", "data": {"train": "a.jsonl"}, **wrong}
         assert list(check.iter_errors(tree)), wrong
@@ -270,7 +275,7 @@ def test_the_schema_is_a_schema_and_refuses_what_load_refuses():
 def test_every_shipped_task_loads_and_fits_the_schema(path):
     spec.load(path)
     tree = yaml.load(path.read_text("utf-8"), spec._Loader)
-    jsonschema.validate(tree, spec.json_schema(), jsonschema.Draft202012Validator)
+    schema_check().validate(tree)
 
 
 def test_there_are_shipped_tasks():

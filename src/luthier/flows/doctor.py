@@ -16,13 +16,7 @@ from luthier import __version__, store
 from luthier.errors import LuthierError
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "gguf", "pyarrow")
-EXTRAS = {
-    "hub": "datasets",
-    "chinese": "jieba",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-}
+EXTRAS = ("tensorboard", "wandb", "mlflow")  # each named like its package
 ENVIRONMENT = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "LUTHIER_CACHE", "OMP_NUM_THREADS")
 LEAST_MEMORY, LEAST_DISK = 3 * 2**30, 3 * 2**30  # a 135M model: about 2 GiB while tuning, 1 GiB of files
 
@@ -97,9 +91,8 @@ def _writable(folder: Path) -> tuple[bool, str]:
 
 
 def _extras() -> Iterator[Item]:
-    for extra, package in EXTRAS.items():
-        version = _version(package)
-        yield Item(f"extra {extra}", f"{package} {version}" if version else f"absent (pip install 'luthier[{extra}]')")
+    for extra in EXTRAS:
+        yield Item(f"extra {extra}", _version(extra) or f"absent (pip install 'luthier[{extra}]')")
 
 
 def _settings() -> Iterator[Item]:
