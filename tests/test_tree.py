@@ -13,6 +13,7 @@ from luthier.errors import ModelError
 from luthier.model.attention import Tree, attending, recompute_activations, shares_prefixes
 from luthier.model.batch import Batch
 from luthier.model.logprob import logprobs
+from luthier.model.proof import prove_sharing
 from luthier.records import Rendered
 from luthier.text.pack import plan
 
@@ -139,3 +140,21 @@ def test_architectures_that_cannot_share_are_named():
     oracle = separately(model, made)
     loss = as_trees(model, made, budget=4000, share=False, form="auto")
     assert abs(float((loss - oracle).detach())) <= BOUND * abs(float(oracle.detach()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_guard_lets_exact_models_pass(kind):
+    assert prove_sharing(network(kind), rows(5)) == ""
+
+
+def test_the_guard_catches_a_model_with_a_way_of_its_own():
+    model = network("llama")
+    usual = model.lm_head.forward
+    model.lm_head.forward = lambda states: (
+        usual(states) * (3.0 if states.dim() == 3 else 1.0)
+    )  # scales in its own forward
+    model.lm_head.weight.requires_grad_(True)
+    assert "differ" in prove_sharing(model, rows(6))
+    assert "differ" in shares_prefixes(model), "from now on its rows run apart"
+    with pytest.raises(ModelError, match="share=False"):
+        as_trees(model, rows(6), budget=4000, share=True, form="auto")

@@ -22,6 +22,8 @@ from luthier.hub import cards
 from luthier.records import AdapterCard
 from luthier.spec import RunSpec
 
+PROVED = 64  # rows from which the guard picks the shortest
+
 
 def train(
     spec: RunSpec, *, resume: bool = False, overwrite: bool = False, on_event: Listener | None = None
@@ -97,7 +99,7 @@ def _split_history(run: store.Run) -> dict[str, str] | None:
 
 def _load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, dict[str, Any]]:
     """Load the base and say what decides its answers."""
-    from luthier.model import attention, catalog, load
+    from luthier.model import catalog, load, proof
 
     tell(Stage("load the base", spec.model.name))
     if spec.train.threads:
@@ -108,7 +110,8 @@ def _load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, 
     base = load.load_model(
         prepared.model_folder, dtype=asked.dtype, device=asked.device, trust_remote_code=asked.trust_remote_code
     )
-    if reason := attention.shares_prefixes(base):
+    if reason := proof.prove_sharing(base, prepared.rendered_train[:PROVED]):
+        prepared.separate = reason
         tell(Note(f"prefixes are not shared: {reason}; rows run padded, exact and slower", "warning"))
     return base, {**identity_of(base, prepared), "base_name": catalog.resolved_name(prepared.model_folder)}
 

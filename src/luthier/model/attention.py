@@ -27,6 +27,7 @@ from luthier.errors import ModelError
 from luthier.records import Pack
 
 NAME = "luthier_tree"
+REFUSED = "luthier_shares_not"  # attribute of a model that was found to differ
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -243,6 +244,8 @@ AttentionInterface.register(NAME, tree_attention)
 
 def shares_prefixes(model: Any) -> str:
     """Empty if prefix trees are exact for this architecture, else the reason why they are not."""
+    if refused := getattr(model, REFUSED, ""):
+        return str(refused)
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not getattr(model, "_supports_attention_backend", False):
@@ -252,6 +255,11 @@ def shares_prefixes(model: Any) -> str:
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return f"{config.model_type} caps its attention logits"
     return ""
+
+
+def refuse_sharing(model: Any, reason: str) -> None:
+    """Mark a model as one whose rows must run apart."""
+    setattr(model, REFUSED, reason)
 
 
 @contextmanager
