@@ -198,8 +198,9 @@ def test_the_map_names_every_file():
     lines = dict(re.findall(r"^\s*([\w./]+\.(?:py|css|jinja))\s{2,}(\S.*)$", told, re.MULTILINE))
     files = [p for p in SOURCE.rglob("*") if p.is_file() and p.suffix in (".py", ".css", ".jinja")]
     wanted = {path.relative_to(SOURCE).as_posix() for path in files if path.name != "__init__.py"} | {"__init__.py"}
-    assert not wanted - lines.keys(), "not in ARCHITECTURE.md"
-    assert not lines.keys() - wanted, "in ARCHITECTURE.md, but not there"
+    missing, gone = sorted(wanted - lines.keys()), sorted(lines.keys() - wanted)
+    assert not missing, "write a line on each into ARCHITECTURE.md"
+    assert not gone, "ARCHITECTURE.md names what is not there"
 
 
 def test_public_names_are_sorted_and_there():
