@@ -1,9 +1,9 @@
 """Fine-tune a language model for one task, and learn honestly whether it helped.
 
-    import luthier
-    report = luthier.train("task.yaml")
-    print(report["sentence"])
-    print(luthier.load("runs/task").answer("My bike has a flat tyre, can I come on Friday?"))
+import luthier
+report = luthier.train("task.yaml")
+print(report["sentence"])
+print(luthier.load("runs/task").answer("My bike has a flat tyre, can I come on Friday?"))
 """
 
 from __future__ import annotations
