@@ -54,7 +54,7 @@ format: venv
 	$(BIN)/ruff format .
 
 bench: venv
-	$(BIN)/python bench/sft_vs_trl.py
+	$(BIN)/python bench/sft_vs_trl.py --data demo --rounds 1 --steps 3 --arms trl_tuned luthier
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

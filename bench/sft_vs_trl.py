@@ -135,11 +135,11 @@ def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, An
     torch.manual_seed(0)
     before = time.perf_counter()
     stamps, model = (_trl if arm.startswith("trl") else _ours)(arm, task, options)
-    steps = len(stamps) - 1
+    steps, batch = len(stamps) - 1, options.default_batch if arm == "trl_default" else options.batch
     seconds = stamps[-1] - stamps[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
-        "arm": arm, "examples_per_second": steps * options.batch / seconds, "peak_mib": round(peak),
+        "arm": arm, "examples_per_second": steps * batch / seconds, "peak_mib": round(peak),
         "first_step_seconds": round(stamps[0] - before, 2), "steps": steps + 1,
         "dev_loss": dev_loss(model, task["dev"]) if options.dev_loss else None,
     }  # fmt: skip
@@ -186,7 +186,7 @@ def _trl(arm: str, task: dict[str, Any], options: argparse.Namespace) -> tuple[l
         data = Dataset.from_list(
             [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in task["train"]]
         )
-        config = SFTConfig(**common, per_device_train_batch_size=options.batch)
+        config = SFTConfig(**common, per_device_train_batch_size=options.default_batch)
     else:
         model = _adapted(task, _fast_dtype())
         data = Dataset.from_list(
@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of an arm")
     parser.add_argument("--batch", type=int, default=16, help="examples per optimiser step")
     parser.add_argument("--micro", type=int, default=8, help="rows that the padded arms compute at once")
+    parser.add_argument("--default-batch", type=int, default=8, help="trl_default's batch: TRL's own default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--dev-loss", action="store_true", help="also measure the dev loss after training")
@@ -338,7 +339,8 @@ def _round(number: int, folder: Path, options: argparse.Namespace) -> list[dict[
     results = []
     for arm in arms:
         command = [sys.executable, __file__, "--arm", arm, "--folder", str(folder), "--steps", str(options.steps),
-                   "--batch", str(options.batch), "--micro", str(options.micro)]  # fmt: skip
+                   "--batch", str(options.batch), "--micro", str(options.micro),
+                   "--default-batch", str(options.default_batch)]  # fmt: skip
         done = subprocess.run(
             [*command, *(["--dev-loss"] if options.dev_loss else [])], capture_output=True, text=True, check=False
         )

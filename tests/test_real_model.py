@@ -121,3 +121,18 @@ def test_trees_are_exact_on_the_real_model(whole):
     (shared, shared_gradient), (apart, gradient) = found
     assert abs(float(shared - apart)) <= 1e-5 * abs(float(apart))
     assert float((shared_gradient - gradient).norm()) <= 1e-5 * float(gradient.norm())
+
+
+def test_the_demo_task_runs_as_shipped_for_two_steps(tmp_path):
+    report = luthier.train(
+        DEMO / "task.yaml",
+        [
+            "train.max_steps=2",
+            "evaluate.limit=4",
+            "evaluate.few_shot=1",
+            "evaluate.max_new_tokens=8",
+            f"runs={tmp_path}",
+        ],
+    )
+    assert report["primary"]["n"] == 4
+    assert report["sharing"]["ratio"] > 3, "the instruction is more than 70 % of a row"

@@ -229,3 +229,51 @@ def test_interruption_saves_and_says_how_to_go_on(tmp_path):
     assert store.read_json(tmp_path / "runs" / "task" / "record.json")["status"] == "interrupted"
     report = luthier.train(path, resume=True)
     assert report["training"]["ended"] == "complete"
+
+
+def test_a_stream_is_trained_on_and_resumed(tmp_path):
+    for name in ("whole", "cut"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_task(folder, rows=80)
+        lines = (folder / "rows.jsonl").read_text("utf-8").splitlines()
+        for part, some in (("train", lines[:60]), ("dev", lines[60:70]), ("test", lines[70:])):
+            (folder / f"{part}.jsonl").write_text("\n".join(some) + "\n", "utf-8")
+    more = [
+        "data={train: train.jsonl, dev: dev.jsonl, test: test.jsonl, stream: true, shuffle_buffer: 16}",
+        "train.max_steps=10", "train.save_every=3", "evaluate.few_shot=0",
+    ]  # fmt: skip
+
+    class Killed(Exception):
+        pass
+
+    def kill(event):
+        if type(event).__name__ == "Progress" and event.step.index == 8:
+            raise Killed
+
+    report = luthier.train(tmp_path / "whole" / "task.yaml", more)
+    assert report["data"]["rows"]["train"] == "streamed"
+    with pytest.raises(Killed):
+        luthier.train(tmp_path / "cut" / "task.yaml", more, on_event=kill)
+    luthier.train(tmp_path / "cut" / "task.yaml", more, resume=True)
+    names = [tmp_path / n / "runs" / "task" / "adapter" / "adapter_model.safetensors" for n in ("whole", "cut")]
+    assert store.sha256_file(names[0]) == store.sha256_file(names[1])
+
+
+def test_trackers_are_told(tmp_path):
+    pytest.importorskip("tensorboard")
+    path = write_task(tmp_path, **{"train.epochs": "1"})
+    luthier.train(path, ["train.report_to=[tensorboard]", "evaluate.few_shot=0"])
+    assert list((tmp_path / "runs" / "task" / "trackers").rglob("events.out.tfevents.*"))
+
+
+def test_a_finished_run_is_judged_on_other_rows(finished):
+    from luthier.flows.evaluate import evaluate
+
+    folder, report, _ = finished
+    again = evaluate(folder / "runs" / "task")
+    assert again["primary"]["tuned"] == report["primary"]["tuned"], "kept answers are used again"
+    assert again["ledger"]["opened"] > report["ledger"]["opened"], "each look at the test rows is counted"
+    other = evaluate(folder / "runs" / "task", folder / "rows.jsonl")
+    assert other["primary"]["n"] == 60
+    assert (folder / "runs" / "task" / "evaluations" / "rows" / "report.html").is_file()
