@@ -174,7 +174,7 @@ def _learn(
         dev_packs=pack.plan(prepared.rendered_dev, budget=settings.tokens_per_pack, share=shares),
         method=method,
         checkpoints=checkpoints,
-        resume=resume,
+        resume=resume and bool(checkpoints.steps()),  # killed before the first one: a fresh start
     )
     for note in training.notes:
         tell(Note(note, "warning"))
