@@ -199,8 +199,12 @@ def print_checked(checked: Checked, console: Console) -> None:
         )
     console.print(sides)
     console.print(
-        f"{checked.mask['share']:.1%} of all tokens are learnt (answers and their end token); shared prefixes: "
-        f"{checked.sharing['factor']:.1f} times fewer tokens to compute"
+        f"{checked.mask['share']:.1%} of all tokens are learnt (answers and their end token)"
+        + (
+            f"; shared prefixes: {checked.sharing['factor']:.1f} times fewer tokens to compute"
+            if checked.sharing["computed_tokens"]
+            else ""
+        )
     )
     if checked.hidden_system:
         console.print(

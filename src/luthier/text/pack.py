@@ -27,7 +27,7 @@ class Sharing:
 
     @property
     def factor(self) -> float:
-        return self.plain_tokens / max(1, self.computed_tokens)
+        return self.plain_tokens / self.computed_tokens if self.computed_tokens else 1.0
 
 
 def sharing(packs: Sequence[Pack]) -> Sharing:
