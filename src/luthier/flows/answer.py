@@ -130,7 +130,7 @@ def generate(
     return tuned.answers(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
-def chat(run: str | Path, *, max_new_tokens: int = 256, temperature: float = 0.0, keep_turns: bool = True) -> None:
+def chat(run: str | Path, *, max_new_tokens: int = 256, temperature: float = 0.0) -> None:
     """Talk to a run's tuned model in the terminal until an empty line or end of file."""
     tuned = Tuned(store.open_run(run))
     turns: list[Message] = []
@@ -148,5 +148,4 @@ def chat(run: str | Path, *, max_new_tokens: int = 256, temperature: float = 0.0
             print(piece, end="", flush=True)
             said += piece
         print()
-        if keep_turns:
-            turns = [*asked, Message("assistant", said)]
+        turns = [*asked, Message("assistant", said)]

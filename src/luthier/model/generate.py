@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from luthier.errors import ModelError
 from luthier.model.attention import attending, shares_prefixes
+from luthier.model.logprob import head_logits
 from luthier.records import Completion
 
 NAME = "luthier_decode"
@@ -31,7 +32,6 @@ class Memory:
     room: int
     lengths: torch.Tensor  # (rows,) own tokens kept, before this call's
     phase: str = "prefix"  # prefix | fill | step
-    prefix_length: int = 0
     prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     own: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     longest: int = 0  # own tokens of the longest row, this call's included
@@ -151,7 +151,7 @@ def stream(
     generator = torch.Generator(device=device).manual_seed(seed)
     shared = _shared_length(prompts)
     lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
-    memory = Memory(room=int(lengths.max()) + max_new_tokens, lengths=torch.zeros_like(lengths), prefix_length=shared)
+    memory = Memory(room=int(lengths.max()) + max_new_tokens, lengths=torch.zeros_like(lengths))
     with attending(model, NAME):
         if shared:
             _forward(model, torch.tensor([list(prompts[0][:shared])], device=device), memory, 0)
@@ -165,7 +165,7 @@ def stream(
         memory.phase, memory.lengths = "step", lengths
         active = torch.arange(len(prompts), device=device)
         for count in range(max_new_tokens):
-            tokens, logprobs = _choose(_logits(model, last), temperature, generator)
+            tokens, logprobs = _choose(head_logits(model, last), temperature, generator)
             chosen = tokens.tolist()
             yield from zip(active.tolist(), chosen, logprobs.tolist(), strict=True)
             going = torch.tensor([token not in stop_ids for token in chosen], device=device)
@@ -187,12 +187,6 @@ def _forward(model: Any, ids: torch.Tensor, memory: Memory, shared: int) -> torc
     out = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, memory=memory)
     states: torch.Tensor = out.last_hidden_state
     return states
-
-
-def _logits(model: Any, states: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model.get_output_embeddings()(states).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,11 +62,16 @@ def head_logprobs(model: Any, states: torch.Tensor, targets: torch.Tensor, *, ch
         return _FrozenHead.apply(states, head.weight, head.bias, targets, factor, chunk)  # type: ignore[no-any-return]
     parts = []
     for piece, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
-        logits = head(piece).float() * factor
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
-        parts.append(-F.cross_entropy(logits, wanted, reduction="none"))
+        parts.append(-F.cross_entropy(head_logits(model, piece), wanted, reduction="none"))
     return torch.cat(parts)
+
+
+def head_logits(model: Any, states: torch.Tensor) -> torch.Tensor:
+    """Float32 logits (..., vocabulary) from states, scaled and capped as the model's own forward does."""
+    config = model.config.get_text_config()
+    logits: torch.Tensor = model.get_output_embeddings()(states).float() * _logit_factor(config)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _logit_factor(config: Any) -> float:
