@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from luthier.contracts import Adapted
 from luthier.records import Loss, Pack, Rendered
 from luthier.spec import TrainSpec
 from luthier.training.feed import ShuffledFeed
@@ -38,8 +39,8 @@ class Net(torch.nn.Module):
         return self.head(state + self.up(torch.tanh(self.down(self.dropout(state)))))
 
 
-class Toy:
-    """Satisfies `contracts.Adapted`."""
+class Toy(Adapted):
+    """The smallest adapted model."""
 
     def __init__(self, *, dtype: torch.dtype = torch.float32, dropout: float = 0.3) -> None:
         with torch.random.fork_rng(devices=[]):

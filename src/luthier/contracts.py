@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -81,43 +81,102 @@ class Template(Plugin):
         return self.name
 
 
-class Adapted(Protocol):
+class Adapted(ABC):
     """A base model with one adapter on it, as `Method.attach` leaves it."""
 
     model: Any  # the transformers model whose forward runs with the adapter
 
+    @abstractmethod
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that learn, by a name that is stable across processes."""
 
+    @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Inside, the model is the bare base."""
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the adapter's files (safetensors and JSON only) into an existing folder."""
 
+    @abstractmethod
     def merge(self) -> Any:
         """Fold the adapter into the base for good and return the plain model."""
 
+    @abstractmethod
     def detach(self) -> Any:
-        """Take the adapter off and return the plain base, unchanged."""
+        """Take the adapter off and return the plain base, unchanged bit for bit."""
+
+    def penalty(self) -> torch.Tensor | None:
+        """A scalar that the mean loss of every optimiser step is increased by, with autograd; None: nothing."""
+        return None
+
+    def stepped(self, done: int, total: int, gradients: Mapping[str, torch.Tensor]) -> Sequence[str]:
+        """Called after optimiser step `done` of `total` with the step's mean gradients, float32, before they are cleared.
+
+        Returns the names of trainable parameters whose values it changed, for the float32 master to be read anew.
+        """
+        return ()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What must outlive a kill beside the trainable values, as CPU tensors; shapes never change."""
+        return {}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put a `state()` back."""
+        return None
+
+
+class Evidence(Protocol):
+    """The run as a method may look at it before training: for Fisher masks, data-driven first values, schedules."""
+
+    total_steps: int  # optimiser steps of the run
+
+    def losses(self, count: int) -> Iterator[Loss]:
+        """The loss of each of up to `count` training rows on the model as it stands now, one row each, with autograd."""
+
+
+Family = Literal["additive", "selective", "reparametrised", "full"]
+
+
+@dataclass(frozen=True)
+class About:
+    """What `luthier methods NAME` tells. Plain words for someone who knows LoRA by name only."""
+
+    family: Family
+    title: str  # "LoRA: a low-rank update beside every linear layer"
+    trains: str  # what learns, as a short phrase for the table
+    formula: str  # on one line, `W`, `x`, `h` as in the literature
+    source: str  # "Hu et al. 2021, arXiv 2106.09685"
+    sites: tuple[str, ...]  # where it sits in the drawing of a block: keys of `flows.methods.SITES`
+    text: str  # what it does and when to take it, two to six sentences
+    folklore: tuple[tuple[str, str], ...] = ()  # (what is said, what is true)
 
 
 class Method(Plugin):
-    """One way of tuning: what is added to, or freed in, a frozen base."""
+    """One way of tuning: what is added to, or freed in, a frozen base.
 
+    Each of the values below may be a property where it depends on the options.
+    """
+
+    about: ClassVar[About]
     fresh: ClassVar[str] = "exact"  # a fresh adapter changes no logit: exact | tolerance | changes: <reason>
-    merges: ClassVar[bool] = True
+    not_merged: ClassVar[str] = ""  # why the adapter cannot be folded into its base; empty where it can
     learning_rate: ClassVar[float] = 1e-3  # peak, where the task names none (methods reference, section 1)
+    bracket: ClassVar[tuple[float, float]] = (1e-4, 1e-2)  # where a search for the learning rate begins
 
     @abstractmethod
-    def attach(self, model: Any, *, seed: int) -> Adapted:
-        """Put a fresh adapter on the model, freeze the base, and draw initial values from `seed`."""
+    def attach(self, model: Any, *, seed: int, evidence: Evidence | None = None) -> Adapted:
+        """Put a fresh adapter on the model, freeze the base, and draw initial values from `seed`.
+
+        A method that needs evidence raises TrainingError without it, except on the meta device, where only shapes
+        matter. SpecError where the model has nothing that the method could train.
+        """
 
     def load(self, model: Any, folder: Path) -> Adapted:
         """Put a saved adapter on the model. Missing, extra or misshapen tensors are an error."""
-        from luthier.model import adapt
+        from luthier.adapt import wrapped
 
-        return adapt.load(model, folder)
+        return wrapped.load(model, folder)
 
     def groups(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Optimiser settings by parameter name: {'lr_scale': 1.0, 'weight_decay': 0.0}; absent means default."""

@@ -24,8 +24,11 @@ def export(run: str | Path, folder: str | Path) -> dict[str, Any]:
     tuned = Tuned(store.open_run(run))
     method = method_of(tuned.card)
     final = Path(folder)
-    if not method.merges:
-        raise UsageError(f"the method '{method.name}' cannot be merged into its base", remedy="serve it attached")
+    if method.not_merged:
+        raise UsageError(
+            f"the method '{method.name}' cannot be merged into its base: {method.not_merged}",
+            remedy="serve it attached",
+        )
     if final.exists() and any(final.iterdir()):
         raise UsageError("is not empty", where=str(final), remedy="choose a new folder")
     probes = [tuned.prompt(example.prompt) for example in held_out(tuned.run)[:PROBES]]

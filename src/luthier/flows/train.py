@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import random
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from luthier.flows.events import Listener, Note, Progress, Stage, silent
 from luthier.flows.judge import Judge
 from luthier.flows.prepare import Prepared, prepare
 from luthier.hub import cards
-from luthier.records import AdapterCard
+from luthier.records import AdapterCard, Loss
 from luthier.spec import RunSpec
 
 PROVED = 64  # rows from which the guard picks the shortest
@@ -52,7 +54,7 @@ def train(
             answers["base_few_shot"] = judge.answers("base_few_shot", base, tell, key=shown, shots=True)
 
         method: Method = registry.make("methods", spec.method, "method")
-        adapted = method.attach(base, seed=spec.train.seed)
+        adapted = method.attach(base, seed=spec.train.seed, evidence=RunEvidence(base, prepared))
         outcome = _learn(run, spec, prepared, adapted, method, identity, resume, tell)
         card = _card(spec, prepared, identity, outcome)
         card = cards.publish(
@@ -95,6 +97,28 @@ def _begin(run: store.Run, spec: RunSpec, prepared: Prepared) -> None:
 def _split_history(run: store.Run) -> dict[str, str] | None:
     """The sides that rows of this run were given before: a resumed run never moves one."""
     return dict(store.read_json(run.split)["sides"]) if run.split.exists() else None
+
+
+class RunEvidence:
+    """The run's own rows, for methods that look at them before training; satisfies `contracts.Evidence`."""
+
+    def __init__(self, model: Any, prepared: Prepared) -> None:
+        self._model, self._prepared = model, prepared
+        self.total_steps: int = prepared.feed(share=False).total_steps
+
+    def losses(self, count: int) -> Iterator[Loss]:
+        """The loss of each of `count` rows drawn by the run's seed."""
+        from luthier.model.batch import Batch
+        from luthier.model.logprob import logprobs
+        from luthier.text import pack
+
+        chosen = random.Random(self._prepared.spec.train.seed).sample(
+            self._prepared.rendered_train, min(count, len(self._prepared.rendered_train))
+        )
+        for row in chosen:
+            for single in pack.plan([row], budget=self._prepared.spec.train.tokens_per_pack):
+                batch = Batch.of(single, self._model.device)
+                yield self._prepared.objective.loss(logprobs(self._model, batch), batch)
 
 
 def _load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, dict[str, Any]]:

@@ -23,12 +23,37 @@ class Lora(contracts.Method):
     Options = Options
     fresh = "exact"  # B starts at zero
     learning_rate = 1e-3
+    bracket = (5e-5, 5e-3)
+    about = contracts.About(
+        family="reparametrised",
+        title="LoRA: a low-rank update beside every linear layer",
+        trains="two thin matrices A and B per linear layer",
+        formula="h = W x + (alpha / r) B A x",
+        source="Hu et al. 2021, arXiv 2106.09685",
+        sites=("linears",),
+        text=(
+            "The base's matrices stay frozen; beside each of them two thin matrices learn, whose product is added to its "
+            "output. B starts at zero, so training starts from the base itself. Folded into the weights it costs nothing "
+            "when the model answers. The first method to try: robust, small, and understood by every server."
+        ),
+        folklore=(
+            (
+                "LoRA decomposes the weights by SVD",
+                "training does no SVD; AdaLoRA imitates its form, PiSSA starts from one",
+            ),
+            (
+                "a higher rank helps",
+                "which layers are adapted matters more than the rank: all linear layers, MLPs above all",
+            ),
+            ("an adapter is an output layer on top", "it sits inside every block; an output layer on top is a head"),
+        ),
+    )
 
-    def attach(self, model: Any, *, seed: int) -> contracts.Adapted:
+    def attach(self, model: Any, *, seed: int, evidence: contracts.Evidence | None = None) -> contracts.Adapted:
         """Put a fresh LoRA on the model through PEFT."""
         from peft import LoraConfig
 
-        from luthier.model import adapt
+        from luthier.adapt import wrapped
 
         options = self.options
         config = LoraConfig(
@@ -39,4 +64,4 @@ class Lora(contracts.Method):
             target_modules=options.target_modules,
             use_rslora=options.rslora,
         )
-        return adapt.attach(model, config, seed=seed)
+        return wrapped.attach(model, config, seed=seed)

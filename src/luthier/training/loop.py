@@ -15,7 +15,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LossOf = Callable[[Pack], Loss]
-RANDOM = "random."
+RANDOM, ADAPTER = "random.", "adapter."
 SHOWN_ROWS = 8
 EVALUATION_SEED = 20_011
 
@@ -68,7 +68,7 @@ class Training:
         self.progress = Progress()
         self.resumed_from: int | None = None
         self.notes: list[str] = []
-        self._model = adapted.model
+        self._model, self._adapted = adapted.model, adapted
         self._peak_rate = settings.learning_rate or (method or Method).learning_rate
         trainable = adapted.trainable()
         self._master = Master(trainable, settings, method.groups(list(trainable)) if method else None)
@@ -80,7 +80,9 @@ class Training:
         self._checkpoints = checkpoints
         self._loss_of = loss_of or _loss_of(self._model, objective, self.device)
         self._random: rng.RandomState | None = None  # where the generators stand between two steps
-        self._best_values: torch.Tensor | None = None  # only where there are no checkpoints to read it from
+        self._best_values: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = (
+            None  # only where there are no checkpoints to read it from
+        )
         self._saved = self._restored = 0
         self._ended = "running"
         self._prepare(resume)
@@ -134,7 +136,8 @@ class Training:
             return
         if not resume:
             self._checkpoints.refuse_others()
-        size = sum(tensor.nbytes for tensor in self._master.state().values())
+        kept = (*self._master.state().values(), *self._adapted.state().values())
+        size = sum(tensor.nbytes for tensor in kept)
         self._checkpoints.preflight(size)
         if not resume:
             return
@@ -153,12 +156,13 @@ class Training:
         state = snapshot.state
         if state["layout"] != self._master.layout:
             raise CheckpointError("holds another adapter", where=str(snapshot.folder), remedy="start a new run")
-        self._master.restore({k: v for k, v in snapshot.tensors.items() if not k.startswith(RANDOM)})
+        self._adapted.restore(_under(ADAPTER, snapshot.tensors))
+        self._master.restore(snapshot.tensors)
         self.feed.restore(state["feed"])
         self.progress = Progress.from_json(state["progress"])
         self.resumed_from = self._saved = snapshot.step
         self.notes += snapshot.warnings
-        random = {k.removeprefix(RANDOM): v for k, v in snapshot.tensors.items() if k.startswith(RANDOM)}
+        random = _under(RANDOM, snapshot.tensors)
         if {len(of_all) for of_all in random.values()} == {self.ranks.count}:
             self._random = {name: of_all[self.ranks.index].clone() for name, of_all in random.items()}
         else:
@@ -192,7 +196,7 @@ class Training:
             dev_loss = self._evaluate()
             best = self.progress.look(batch.epoch, dev_loss, self.settings.patience)
             if best and self._checkpoints is None:
-                self._best_values = self._master.master.clone()
+                self._best_values = (self._master.master.clone(), self._adapted.state())
         self._random = rng.capture(self.device)
         step = Step(
             index=self.progress.step, epoch=batch.epoch, loss=loss, learning_rate=rate, grad_norm=norm,
@@ -218,12 +222,17 @@ class Training:
             self._fail(
                 "the loss is not a number" if count else "nothing is supervised", _bad(packs, own) or batch.packs
             )
+        penalty = self._adapted.penalty()
+        if penalty is not None:  # the same in every process: it must not be summed over them
+            (penalty * (count / self.ranks.count)).backward()
+            self._master.collect()
         self.ranks.sum_(self._master.grad)
         share = scale(
             self.progress.step, self.feed.total_steps, schedule=self.settings.schedule, warmup=self.settings.warmup
         )
         rate = self._peak_rate * share
-        norm = self._master.step(count, rate)
+        done, planned = self.progress.step + 1, self.feed.total_steps
+        norm = self._master.step(count, rate, lambda gradients: self._adapted.stepped(done, planned, gradients))
         if not math.isfinite(norm):
             self._fail("the gradient is not a number", batch.packs)
         return total / count, count, norm, rate
@@ -271,6 +280,7 @@ class Training:
 
     def _save(self, checkpoints: Checkpoints) -> None:
         tensors = self._master.state()
+        tensors.update({ADAPTER + name: own for name, own in self._adapted.state().items()})
         for name, own in self._standing.items():
             tensors[RANDOM + name] = self.ranks.gather(own)
         state = {"layout": self._master.layout, "feed": self.feed.state(), "progress": self.progress.as_json()}
@@ -288,13 +298,19 @@ class Training:
         values = self._best_values
         if self._checkpoints is not None:
             try:
-                values = self._checkpoints.read(best).tensors["master"]
+                found = self._checkpoints.read(best).tensors
+                values = found["master"], _under(ADAPTER, found)
             except CheckpointError as error:
                 self.notes.append(f"the best step's values are lost, the last step's are kept: {error}")
                 return
         if values is not None:
-            self._master.set_values(values)
+            self._adapted.restore(values[1])
+            self._master.set_values(values[0])
             self._restored = best
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _accelerator(device: torch.device) -> Accelerator:

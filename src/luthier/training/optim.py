@@ -8,7 +8,7 @@ from the master after every step, so small updates are never rounded away.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from luthier.errors import CheckpointError, TrainingError
 from luthier.spec import TrainSpec
 
+Stepped = Callable[[Mapping[str, torch.Tensor]], Sequence[str]]
 STATE = ("master", "exp_avg", "exp_avg_sq", "optimiser_step")
 
 
@@ -99,10 +100,11 @@ class Master:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, count: float, rate: float) -> float:
+    def step(self, count: float, rate: float, stepped: Stepped | None = None) -> float:
         """Divide the gradient sum by `count`, clip, update at learning rate `rate`, write back; return the norm.
 
-        The norm is the one before clipping. A norm that is not finite changes nothing: the caller decides.
+        The norm is the one before clipping. A norm that is not finite changes nothing: the caller decides. `stepped`
+        sees the gradients by name after the update; the parameters that it says it changed are read back.
         """
         self.grad.div_(count)
         norm = float(torch.linalg.vector_norm(self.grad))
@@ -113,10 +115,20 @@ class Master:
         for group, factor in zip(self._optimiser.param_groups, self._lr_scales, strict=True):
             group["lr"] = rate * factor
         self._optimiser.step()
-        self.grad.zero_()
         self.optimiser_step += 1
         self.write_back()
+        if stepped is not None:
+            self._read_back(
+                stepped({place.name: view for place, (_, _, view) in zip(self.places, self._views, strict=True)})
+            )
+        self.grad.zero_()
         return norm
+
+    def _read_back(self, names: Sequence[str]) -> None:
+        changed = set(names)
+        for place, (parameter, value, _) in zip(self.places, self._views, strict=True):
+            if place.name in changed:
+                value.copy_(parameter)
 
     @torch.no_grad()
     def write_back(self) -> None:

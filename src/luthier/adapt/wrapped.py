@@ -1,7 +1,7 @@
-"""The only module-swapper: puts adapters on a frozen base, takes them off, saves, loads, merges.
+"""Adapters whose layers PEFT swaps into the base: LoRA's family, (IA)^3, orthogonal ones and the rest of its shelf.
 
-PEFT does the swapping and owns the folder format (`adapter_config.json` + `adapter_model.safetensors`). Prefix trees
-never pass through `PeftModel.forward`: `Adapted.model` is the inner transformers model with the adapter's layers in it.
+Prefix trees never pass through `PeftModel.forward`: `Adapted.model` is the inner transformers model with the adapter's
+layers in it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as set_state
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from luthier import store
+from luthier import contracts, store
+from luthier.adapt import folder as files
+from luthier.adapt.folder import CONFIG, WEIGHTS
 from luthier.errors import CheckpointError, Fault, TrainingError
 from luthier.model.fused import fuse
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys of an adapter_config.json that may steer loading. Any other key must hold its default: some of them import
 # code or open files (reliability section 4, "Config picks code").
 ALLOWED = {
@@ -34,8 +33,8 @@ ALLOWED = {
 LARGEST_RANK = 1024
 
 
-class PeftAdapted:
-    """A base with one PEFT adapter on it; satisfies `contracts.Adapted`."""
+class PeftAdapted(contracts.Adapted):
+    """A base with one PEFT adapter on it."""
 
     def __init__(self, wrapped: PeftModel) -> None:
         self.wrapped = wrapped
@@ -62,8 +61,7 @@ class PeftAdapted:
         written = config.to_dict()
         written["inference_mode"] = True
         plain = {key: sorted(v) if isinstance(v, set) else v for key, v in written.items()}
-        store.write_json(folder / CONFIG, plain)
-        save_file(self.tensors(), folder / WEIGHTS, metadata={"format": "pt"})
+        files.write(folder, plain, self.tensors())
 
     def merge(self) -> Any:
         """Fold the adapter into the base for good and return the plain model."""
@@ -95,17 +93,8 @@ def load(model: Any, folder: Path) -> PeftAdapted:
     config = read_config(folder)
     config.inference_mode = False
     adapted = attach(model, config, seed=0)
-    tensors = read_tensors(folder / WEIGHTS)
-    expected = {name: tuple(t.shape) for name, t in adapted.tensors().items()}
-    faults = [Fault(name, "is not in the file") for name in sorted(expected.keys() - tensors.keys())]
-    faults += [Fault(name, "is not part of this adapter") for name in sorted(tensors.keys() - expected.keys())]
-    for name in sorted(expected.keys() & tensors.keys()):
-        if tuple(tensors[name].shape) != expected[name]:
-            faults.append(Fault(name, f"has shape {tuple(tensors[name].shape)}, this base needs {expected[name]}"))
-        elif not torch.isfinite(tensors[name]).all():
-            faults.append(Fault(name, "holds values that are not finite"))
-    if faults:
-        raise CheckpointError(f"{folder}: does not fit this base ({len(faults)} faults)", faults=faults[:20])
+    tensors = files.read_tensors(folder / WEIGHTS)
+    files.require_fit(folder, tensors, {name: tuple(t.shape) for name, t in adapted.tensors().items()})
     set_state(adapted.wrapped, tensors)
     return adapted
 
@@ -131,15 +120,3 @@ def read_config(folder: Path) -> PeftConfig:
     if faults:
         raise CheckpointError("the adapter's configuration is refused", where=str(folder / CONFIG), faults=faults)
     return cls(**{k: v for k, v in written.items() if k in ALLOWED & known and k not in ("peft_type", "peft_version")})
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file; pickles and damaged files are named, not parsed."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError("is missing", where=str(path)) from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"is not a readable safetensors file ({error})", where=str(path)) from error
