@@ -111,7 +111,7 @@ class Adapted(ABC):
         return None
 
     def stepped(self, done: int, total: int, gradients: Mapping[str, torch.Tensor]) -> Sequence[str]:
-        """Called after optimiser step `done` of `total` with the step's mean gradients, float32, before they are cleared.
+        """Hear that optimiser step `done` of `total` is taken, with its mean gradients, before they are cleared.
 
         Returns the names of trainable parameters whose values it changed, for the float32 master to be read anew.
         """
@@ -123,7 +123,7 @@ class Adapted(ABC):
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put a `state()` back."""
-        return None
+        return
 
 
 class Evidence(Protocol):
@@ -132,7 +132,7 @@ class Evidence(Protocol):
     total_steps: int  # optimiser steps of the run
 
     def losses(self, count: int) -> Iterator[Loss]:
-        """The loss of each of up to `count` training rows on the model as it stands now, one row each, with autograd."""
+        """The losses of up to `count` training rows on the model as it stands now, row by row, with autograd."""
 
 
 Family = Literal["additive", "selective", "reparametrised", "full"]

@@ -1,8 +1,8 @@
 """An adapter's folder in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, read with distrust.
 
 Methods that PEFT lacks use the same two files with a `peft_type` of their own, LUTHIER_<ENGINE>. PEFT's registry takes
-only names of its own enum, and filling it would need torch at `import luthier`; so plain PEFT refuses such a folder with
-a KeyError that names luthier, and luthier reads it.
+only names of its own enum, and filling it would need torch at `import luthier`; so plain PEFT refuses such a folder
+with a KeyError that names luthier, and luthier reads it.
 """
 
 from __future__ import annotations

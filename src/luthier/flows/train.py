@@ -112,7 +112,7 @@ class RunEvidence:
         from luthier.model.logprob import logprobs
         from luthier.text import pack
 
-        chosen = random.Random(self._prepared.spec.train.seed).sample(
+        chosen = random.Random(self._prepared.spec.train.seed).sample(  # noqa: S311 - a sample, no secret
             self._prepared.rendered_train, min(count, len(self._prepared.rendered_train))
         )
         for row in chosen:
