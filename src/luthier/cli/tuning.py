@@ -1,0 +1,137 @@
+"""The verbs that tune and measure: each reads its arguments and hands them to its flow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli.front import INTERRUPTED, AsJson, Overrides, RunName, Task, app, dump, out, report_to, watching
+from luthier.errors import UsageError
+
+
+@app.command()
+def train(
+    task: Task,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where the run was stopped")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="empty a run of that name first")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, train nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tune, measure and report one task."""
+    if dry_run:
+        check(task, overrides, as_json)
+        return
+    from luthier import spec, store
+    from luthier.errors import TrainingError
+
+    asked = spec.load(task, overrides or ())
+    from luthier.flows.train import train as flow
+
+    run = store.Run(Path(asked.runs) / asked.name)
+    try:
+        with watching() as listener:
+            report = flow(asked, resume=resume, overwrite=overwrite, on_event=listener)
+    except TrainingError as error:
+        if run.record.exists() and store.read_json(run.record).get("status") == "interrupted":
+            error.exit_code = INTERRUPTED
+        raise
+    report_to(report, as_json, where=str(run.html))
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    data: Annotated[Path | None, typer.Option(help="other rows to judge by; the run's test rows by default")] = None,
+    open_test: Annotated[bool, typer.Option("--open-test", help="show single test rows; the report says so")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run again, on its test rows or on others."""
+    from luthier.flows.evaluate import evaluate as flow
+
+    with watching() as listener:
+        report = flow(run, data, open_test=open_test, on_event=listener)
+    report_to(report, as_json)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[str, typer.Argument(metavar="RUN_A")],
+    run_b: Annotated[str, typer.Argument(metavar="RUN_B")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two tuned models on the same test rows."""
+    from luthier.flows import screen
+    from luthier.flows.compare import compare as flow
+
+    found = flow(run_a, run_b)
+    dump(found) if as_json else screen.print_comparison(found, out())
+
+
+@app.command()
+def report(
+    run: RunName,
+    as_json: AsJson = False,
+    open_page: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+) -> None:
+    """Print a run's verdict and say where its page is."""
+    from luthier import store
+
+    found = store.open_run(run)
+    if not found.report.exists():
+        raise UsageError("has no report yet", where=str(found.folder), remedy="finish it: luthier train TASK --resume")
+    report_to(store.read_json(found.report), as_json, where=str(found.html))
+    if open_page:
+        typer.launch(found.html.resolve().as_uri())
+
+
+@app.command()
+def check(task: Task, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Look through a task's rows, and forecast its cost.
+
+    Ends with 2 where something must be mended before training.
+    """
+    from luthier import spec
+    from luthier.flows import check as flow
+
+    with watching() as listener:
+        checked = flow.check(spec.load(task, overrides or ()), on_event=listener)
+    dump(checked.as_dict()) if as_json else flow.print_checked(checked, out())
+    if checked.faults:
+        raise typer.Exit(2)
+
+
+@app.command()
+def show(
+    task: Task,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(help="how many rows", min=1)] = 3,
+    side: Annotated[str, typer.Option(help="train, dev or test")] = "train",
+    as_json: AsJson = False,
+) -> None:
+    """Print rows as the model sees them, learnt parts in colour."""
+    from luthier import spec
+    from luthier.flows import show as flow
+
+    shown = flow.show(spec.load(task, overrides or ()), rows=rows, side=side)
+    dump(shown.as_dict()) if as_json else flow.print_shown(shown, out())
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="the folder to write task.yaml into", metavar="DIR")],
+    data: Annotated[Path, typer.Option(help="your file of examples")],
+    model: Annotated[str | None, typer.Option(help="the base model; chosen by the data's language by default")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at your file and write a task for it, with reasons."""
+    from luthier.flows.init import init as flow
+
+    told = flow(folder, data, model=model)
+    if as_json:
+        dump(told)
+        return
+    print(Path(told["task"]).read_text("utf-8"))
+    print(f"Written to {told['task']}. Next: {told['next']}")
