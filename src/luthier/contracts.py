@@ -106,6 +106,10 @@ class Adapted(ABC):
     def detach(self) -> Any:
         """Take the adapter off and return the plain base, unchanged bit for bit."""
 
+    def saved_bytes(self) -> int:
+        """How large the saved tensors are; known on the meta device too."""
+        return sum(4 * parameter.numel() for parameter in self.trainable().values())
+
     def penalty(self) -> torch.Tensor | None:
         """A scalar that the mean loss of every optimiser step is increased by, with autograd; None: nothing."""
         return None
