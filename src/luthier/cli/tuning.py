@@ -135,3 +135,92 @@ def init(
         return
     print(Path(told["task"]).read_text("utf-8"))
     print(f"Written to {told['task']}. Next: {told['next']}")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="one method, in plain words", metavar="[NAME]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the ways of tuning, or tell about one."""
+    from luthier.flows import methods as flow
+
+    told = flow.page(name) if name else flow.table()
+    if as_json:
+        dump(told)
+    elif isinstance(told, dict):
+        flow.print_page(told, out())
+    else:
+        flow.print_table(told, out())
+
+
+@app.command()
+def plan(
+    task: Task,
+    overrides: Overrides = None,
+    fits: Annotated[str | None, typer.Option(help="propose settings for so much memory, such as 24GB")] = None,
+    shape: Annotated[str | None, typer.Option(help="plan for a model that is not here, such as llama-7b")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; what the task asks for by default")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forecast memory and time before anything is loaded."""
+    from luthier import spec
+    from luthier.flows import plan as flow
+
+    with watching() as listener:
+        planned = flow.plan(
+            spec.load(task, overrides or ()),
+            fits=flow.bytes_of(fits) if fits else None,
+            shape=shape,
+            device=device,
+            on_event=listener,
+        )
+    dump(planned.as_dict()) if as_json else flow.print_planned(planned, out())
+
+
+@app.command("find-lr")
+def find_lr(task: Task, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Search the learning rate that suits a task's method."""
+    from luthier import spec
+    from luthier.flows import find_lr as flow
+
+    with watching() as listener:
+        found = flow.find_lr(spec.load(task, overrides or ()), on_event=listener)
+    dump(found) if as_json else flow.print_found(found, out())
+
+
+study = typer.Typer(help="Experiments that compare, fairly: which method suits the task.", rich_markup_mode=None)
+app.add_typer(study, name="study")
+
+
+@study.command("methods")
+def study_methods(
+    task: Task,
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="names, with commas between")] = "lora,ia3,bottleneck,bitfit,layers,full",
+    budget: Annotated[str | None, typer.Option(help="time to spend, such as 45m or 2h")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each of the best methods", min=1)] = 3,
+    top: Annotated[int, typer.Option(help="how many methods are run with every seed", min=1)] = 4,
+    limit: Annotated[int | None, typer.Option(help="judge only so many test rows", min=1)] = None,
+    ray: Annotated[str | None, typer.Option(help="a Ray cluster's address, or local")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on your task: a search for each, seeds, one test.
+
+    The same command goes on where it was stopped.
+    """
+    from luthier import spec
+    from luthier.flows import study as flow
+
+    with watching() as listener:
+        report = flow.study_methods(
+            spec.load(task, overrides or ()),
+            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            budget=flow.seconds_of(budget) if budget else None,
+            seeds=seeds,
+            top=top,
+            limit=limit,
+            ray=ray,
+            on_event=listener,
+        )
+    dump(report) if as_json else flow.print_study(report, out())
