@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from luthier.errors import SpecError
+from luthier.errors import Fault, SpecError
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,61 @@ def _child(name: str, layer: torch.nn.Module, wanted: tuple[str, ...]) -> tuple[
     raise SpecError(
         f"{name} has no part called {' or '.join(wanted)}", remedy="use a method that needs no blocks: lora"
     )
+
+
+def outer_norms(model: Any) -> dict[str, torch.nn.Module]:
+    """The norms that belong to no block, by full name: in most families the one before the head."""
+    inside = {name for block in blocks(model) for name in block.norms}
+    return {name: module for name, module in model.named_modules() if is_norm(module) and name not in inside}
+
+
+def embedding(model: Any) -> tuple[str, torch.nn.Module]:
+    """The token embedding by its full name."""
+    return _named(model, model.get_input_embeddings(), "token embedding")
+
+
+def head(model: Any) -> tuple[str, torch.nn.Module]:
+    """The output head by its full name."""
+    return _named(model, model.get_output_embeddings(), "output head")
+
+
+def tied(model: Any) -> bool:
+    """Whether the output head's weight is the token embedding's own parameter."""
+    return head(model)[1].weight is embedding(model)[1].weight
+
+
+def _named(model: Any, wanted: torch.nn.Module | None, what: str) -> tuple[str, torch.nn.Module]:
+    found = next(((name, module) for name, module in model.named_modules() if module is wanted), None)
+    if found is None:
+        raise SpecError(f"no {what} was found in this model", remedy="use a method that needs none: lora")
+    return found
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name, or a part of the model that holds it, fits a shell-style pattern.
+
+    `model.layers.0.mlp.up_proj.weight` fits `*.mlp.*`, `up_proj`, `mlp` and `model.layers.0`.
+    """
+    parts = name.split(".")
+    holders = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(fnmatchcase(one, pattern) or fnmatchcase(one, f"*.{pattern}") for one in holders)
+
+
+def choose(names: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:
+    """The names that fit any pattern, in their order; SpecError for patterns that fit none, with the nearest names."""
+    faults = [
+        Fault(f"{where}[{index}]", f"'{pattern}' fits nothing in this model", _nearest(pattern, names))
+        for index, pattern in enumerate(patterns)
+        if not any(matches(name, pattern) for name in names)
+    ]
+    if faults:
+        raise SpecError(f"{where}: patterns that fit nothing", faults=faults)
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    """Names, and parts of names, that a mistyped pattern may have meant."""
+    parts = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit())
+    near = get_close_matches(pattern.strip("*.").rsplit(".", 1)[-1], list(parts), n=3, cutoff=0.5)
+    near += get_close_matches(pattern, list(names), n=2, cutoff=0.7)
+    return f"nearest: {', '.join(near)}" if near else f"there are: {', '.join(list(parts)[:20])}"

@@ -6,31 +6,24 @@ layers in it.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as set_state
+from peft.tuners.boft import layer as boft
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from luthier import contracts, store
+from luthier.adapt import allow
 from luthier.adapt import folder as files
 from luthier.adapt.folder import CONFIG, WEIGHTS
-from luthier.errors import CheckpointError, Fault, TrainingError
+from luthier.errors import CheckpointError, Fault, SpecError
 from luthier.model.fused import fuse
-
-# Keys of an adapter_config.json that may steer loading. Any other key must hold its default: some of them import
-# code or open files (reliability section 4, "Config picks code").
-ALLOWED = {
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
-    "lora_dropout", "target_modules", "feedforward_modules", "exclude_modules", "bias", "use_rslora", "use_dora",
-    "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "init_ia3_weights", "layers_to_transform",
-    "layers_pattern", "peft_version",
-}  # fmt: skip
-LARGEST_RANK = 1024
 
 
 class PeftAdapted(contracts.Adapted):
@@ -40,6 +33,11 @@ class PeftAdapted(contracts.Adapted):
         self.wrapped = wrapped
         self.model = wrapped.get_base_model()
 
+    @property
+    def config(self) -> PeftConfig:
+        """What PEFT made of the adapter's settings."""
+        return self.wrapped.peft_config["default"]
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that learn, by PEFT's name."""
         return {name: p for name, p in self.wrapped.named_parameters() if p.requires_grad}
@@ -47,76 +45,161 @@ class PeftAdapted(contracts.Adapted):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the bare base."""
+        learning = {name for name, p in self.wrapped.named_parameters() if p.requires_grad}
         with self.wrapped.disable_adapter():
             yield
+        for name, parameter in self.wrapped.named_parameters():  # PEFT frees all of an adapter's when it is back
+            parameter.requires_grad_(name in learning)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The adapter's tensors by the names of the file, float32 on the CPU."""
-        state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
-        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+        """The adapter's tensors by the names of the file, on the CPU; numbers with a fraction as float32."""
+        with _quiet():
+            state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
+        # A clone each: safetensors refuses tensors that share memory, as projections common to all layers do.
+        return {
+            name: (t.detach().float() if t.is_floating_point() else t.detach()).to("cpu", copy=True).contiguous()
+            for name, t in state.items()
+        }
 
     def save(self, folder: Path) -> None:
         """Write PEFT's two files. Saving asks no hub and pickles nothing."""
-        config = self.wrapped.peft_config["default"]
-        written = config.to_dict()
+        files.write(folder, self.settings(), self.tensors())
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as it is written: regular expressions have become the names that they matched."""
+        written = self.config.to_dict()
         written["inference_mode"] = True
-        plain = {key: sorted(v) if isinstance(v, set) else v for key, v in written.items()}
-        files.write(folder, plain, self.tensors())
+        if isinstance(written.get("target_modules"), str):
+            written["target_modules"] = list(self.wrapped.base_model.targeted_module_names)
+        if isinstance(written.get("exclude_modules"), str):
+            written["exclude_modules"] = None
+        return {key: sorted(v) if isinstance(v, set) else v for key, v in written.items()}
 
     def merge(self) -> Any:
         """Fold the adapter into the base for good and return the plain model."""
-        return self.wrapped.merge_and_unload(safe_merge=True)
+        with _quiet():
+            plain = self.wrapped.merge_and_unload(safe_merge=True)
+        return _forget(plain)
 
     def detach(self) -> Any:
         """Take the adapter off and return the plain base, unchanged."""
-        return self.wrapped.unload()
+        with _quiet():
+            plain = self.wrapped.unload()
+        return _forget(plain)
 
 
-def attach(model: Any, config: PeftConfig, *, seed: int) -> PeftAdapted:
+Made = Callable[[PeftModel], PeftAdapted]
+
+
+def attach(model: Any, config: PeftConfig, *, seed: int, made: Made = PeftAdapted) -> PeftAdapted:
     """Put a fresh PEFT adapter on a model; first values are drawn from `seed` and nothing else.
 
     The adapter keeps the base's dtype: PEFT's float32 copies of every input would double a bf16 step's memory
-    (performance section 3); the optimiser keeps the float32 master.
+    (performance section 3); the optimiser keeps the float32 master. SpecError, and the base as it was, where PEFT
+    finds the settings impossible for this base.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
-    adapted = PeftAdapted(wrapped)  # type: ignore[arg-type]
+    if getattr(boft, "_FBD_CUDA", False) is None:
+        boft._FBD_CUDA = False  # else PEFT compiles C++ at the first layer; its torch path gives the same values
+    with drawn_from(seed, model), _quiet():
+        try:
+            wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+        except (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError, IndexError) as error:
+            unwrap(model)
+            raise SpecError(
+                f"PEFT cannot put {config.peft_type} on this base: {error}",
+                where="method",
+                remedy="other options, or a method that fits this base",
+            ) from error
+        _keep_dtype(wrapped, model)
+    adapted = made(wrapped)  # type: ignore[arg-type]
     if not adapted.trainable():
-        raise TrainingError("the method found nothing to train in this model")
+        adapted.detach()
+        raise SpecError("the method found nothing to train in this model", where="method.target_modules")
     fuse(adapted.model)
     return adapted
 
 
-def load(model: Any, folder: Path) -> PeftAdapted:
+def load(model: Any, folder: Path, *, made: Made = PeftAdapted) -> PeftAdapted:
     """Put a saved adapter on a model; every tensor must be there, fit and be finite, or CheckpointError says which."""
     config = read_config(folder)
-    config.inference_mode = False
-    adapted = attach(model, config, seed=0)
     tensors = files.read_tensors(folder / WEIGHTS)
-    files.require_fit(folder, tensors, {name: tuple(t.shape) for name, t in adapted.tensors().items()})
-    set_state(adapted.wrapped, tensors)
+    adapted = attach(model, config, seed=0, made=made)
+    try:
+        expected = adapted.tensors()
+        files.require_fit(folder, tensors, {name: tuple(t.shape) for name, t in expected.items()})
+        _require_indices(folder, adapted, tensors, expected)
+        with _quiet():
+            set_state(adapted.wrapped, dict(tensors))
+    except Exception:
+        adapted.detach()
+        raise
     return adapted
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """Rebuild a clean PEFT configuration from an untrusted folder; steering keys outside the list are refused."""
-    written = dict(store.read_json(folder / CONFIG))
-    kind = str(written.get("peft_type"))
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise CheckpointError(f"unknown peft_type '{kind}'", where=str(folder / CONFIG))
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING[kind]  # type: ignore[index]
-    default = cls().to_dict()
-    known = {f.name for f in dataclasses.fields(cls)}
-    faults = [
-        Fault(key, f"is set to {value!r}, which luthier does not load")
-        for key, value in written.items()
-        if key not in ALLOWED and value not in (None, False, [], {}, default.get(key))
-    ]
-    if not isinstance(written.get("init_lora_weights", True), bool):
-        written["init_lora_weights"] = True
-    if isinstance(written.get("r"), int) and not 0 < written["r"] <= LARGEST_RANK:
-        faults.append(Fault("r", f"is {written['r']}, it must lie between 1 and {LARGEST_RANK}"))
-    if faults:
-        raise CheckpointError("the adapter's configuration is refused", where=str(folder / CONFIG), faults=faults)
-    return cls(**{k: v for k, v in written.items() if k in ALLOWED & known and k not in ("peft_type", "peft_version")})
+    """Rebuild a clean PEFT configuration from an untrusted folder; what could steer loading is refused."""
+    return allow.clean(dict(store.read_json(folder / CONFIG)), str(folder / CONFIG))
+
+
+@contextmanager
+def drawn_from(seed: int, model: Any) -> Iterator[None]:
+    """Inside, torch draws from `seed`, on every device that the model lies on; outside, as if nothing had happened."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng(devices=sorted(devices, key=str), device_type=kind):
+        torch.manual_seed(seed)
+        yield
+
+
+def unwrap(model: Any) -> None:
+    """Put back what PEFT had swapped before it gave up."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    _forget(model)
+
+
+def _forget(model: Any) -> Any:
+    """Take off the mark that PEFT leaves, which would make it warn of a second adapter."""
+    with suppress(AttributeError):
+        del model.peft_config
+    model.requires_grad_(False)
+    return model
+
+
+def _keep_dtype(wrapped: Any, model: Any) -> None:
+    """Give what learns its layer's dtype where PEFT made it float32 on a bf16 base: products need equal dtypes."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), None)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _require_indices(
+    folder: Path, adapted: PeftAdapted, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise CheckpointError for positions outside a layer's matrix: torch would read beyond its memory."""
+    found = []
+    for name, own in expected.items():
+        if own.is_floating_point():
+            continue
+        layer = adapted.wrapped.get_submodule(name.rpartition(".")[0])
+        sizes = torch.tensor(layer.get_base_layer().weight.shape)[:, None]
+        given = tensors[name]
+        if given.is_floating_point() or own.dim() != 2 or len(sizes) != len(given):
+            found.append(Fault(name, "does not hold positions in this layer's matrix"))
+        elif bool((given < 0).any()) or bool((given >= sizes).any()):
+            found.append(Fault(name, f"holds positions outside a matrix of {sizes.flatten().tolist()}"))
+    if found:
+        raise CheckpointError(f"{folder}: does not fit this base", faults=found[:20])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep PEFT's advice to its own users off the screen: nothing there can be acted on from a task."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
