@@ -433,6 +433,15 @@ def test_chat_ends_with_its_input(run, finished, monkeypatch):
     assert code == 0 and out.startswith(">")
 
 
+def test_chat_spells_out_what_a_terminal_would_act_on(run, finished, monkeypatch):
+    from luthier.flows.answer import Tuned
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n"))
+    monkeypatch.setattr(Tuned, "stream", lambda *_, **__: iter(["a\x1b[31m", "b\nc"]))
+    code, out, _ = run("chat", finished[0])
+    assert code == 0 and "\x1b" not in out and "a\\x1b[31mb\nc" in out
+
+
 def test_export_proves_and_refuses_a_full_folder(run, finished, tmp_path):
     code, out, _ = run("export", finished[0], "--merged", tmp_path / "merged", "--json")
     assert code == 0 and json.loads(out)["largest_difference"] <= json.loads(out)["tolerance"]

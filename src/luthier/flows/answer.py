@@ -13,6 +13,7 @@ from luthier.errors import UsageError
 from luthier.flows.judge import user_turns
 from luthier.hub import cards
 from luthier.records import AdapterCard, Completion, Message
+from luthier.text import show
 from luthier.text.render import render_prompt
 from luthier.text.tokenizer import Tokenizer
 
@@ -145,7 +146,7 @@ def chat(run: str | Path, *, max_new_tokens: int = 256, temperature: float = 0.0
         head = [Message("system", tuned.system)] if tuned.system else []
         said = ""
         for piece in tuned.stream([*head, *asked], max_new_tokens=max_new_tokens, temperature=temperature):
-            print(piece, end="", flush=True)
+            print("\n".join(map(show.visible, piece.split("\n"))), end="", flush=True)
             said += piece
         print()
         turns = [*asked, Message("assistant", said)]
