@@ -94,10 +94,10 @@ def tied(model: Any) -> bool:
 
 
 def _named(model: Any, wanted: torch.nn.Module | None, what: str) -> tuple[str, torch.nn.Module]:
-    found = next(((name, module) for name, module in model.named_modules() if module is wanted), None)
-    if found is None:
-        raise SpecError(f"no {what} was found in this model", remedy="use a method that needs none: lora")
-    return found
+    for name, module in model.named_modules():
+        if wanted is not None and module is wanted:
+            return name, wanted
+    raise SpecError(f"no {what} was found in this model", remedy="use a method that needs none: lora")
 
 
 def matches(name: str, pattern: str) -> bool:
