@@ -64,6 +64,7 @@ class Tree:
     segment: torch.Tensor  # (tokens,) segment of each token
     ancestry: torch.Tensor  # (segments, segments) [s, a]: a is s or above it
     form: str
+    root: torch.Tensor | None = None  # (layers, 2, kv heads, k, head size): stands for the first k keys and values
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -86,6 +87,28 @@ class Tree:
             segment=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device),
             ancestry=_ancestry(pack.parents.tolist()).to(device),
             form=("cascade" if device.type == "cpu" else "dense") if form == "auto" else form,
+        )
+
+    def rooted(self, tokens: int, key_values: torch.Tensor | None = None) -> Tree:
+        """The same tree below one more segment of `tokens` tokens that everyone sees, for a soft prompt (`model.soft`).
+
+        With `key_values` (layers, 2, kv heads, tokens, head size) that segment's keys and values are replaced by these.
+        """
+        device, first = self.positions.device, torch.arange(tokens, device=self.positions.device)
+        segments = len(self.ancestry) + 1
+        ancestry = torch.ones(segments, segments, dtype=torch.bool, device=device).tril_()
+        ancestry[1:, 1:] = self.ancestry
+        moved = (Cross(c.first + tokens, c.last + tokens, c.begin + tokens, c.end + tokens) for c in self.crosses)
+        return Tree(
+            size=self.size + tokens,
+            deepest=self.deepest + tokens,
+            owns=[Own(first[None], None), *(Own(own.index + tokens, own.valid) for own in self.owns)],
+            crosses=[Cross(tokens, self.size + tokens, 0, tokens), *moved],
+            positions=torch.cat([first, self.positions + tokens]),
+            segment=torch.cat([torch.zeros_like(first), self.segment + 1]),
+            ancestry=ancestry,
+            form=self.form,
+            root=key_values,
         )
 
     def mask(self, window: int | None) -> torch.Tensor:
@@ -222,6 +245,8 @@ def tree_attention(
         raise ModelError("tree attention was called without its tree: pass `tree=` to the model's forward")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} uses soft-capped or sink attention, which prefix trees do not share")
+    if tree.root is not None:
+        key, value = put_in_front(tree.root[module.layer_idx], key, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window if sliding_window is not None and tree.deepest >= sliding_window else None
     if tree.form == "cascade" and window is None and not dropout:
@@ -237,6 +262,13 @@ def tree_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
     return mixed.transpose(1, 2).contiguous(), None
+
+
+def put_in_front(root: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Replace the first k of one row's keys and values (1, kv heads, tokens, size) by `root` (2, kv heads, k, size)."""
+    tokens = root.shape[2]
+    pairs = zip(root.unsqueeze(1), (key, value), strict=True)
+    return tuple(torch.cat([learned, states[:, :, tokens:]], 2) for learned, states in pairs)
 
 
 AttentionInterface.register(NAME, tree_attention)

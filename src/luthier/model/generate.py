@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from luthier.errors import ModelError
-from luthier.model.attention import attending, shares_prefixes
+from luthier.model.attention import attending, put_in_front, shares_prefixes
 from luthier.model.logprob import head_logits
+from luthier.model.soft import soft_of
 from luthier.records import Completion
 
 NAME = "luthier_decode"
@@ -35,6 +36,7 @@ class Memory:
     prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     own: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     longest: int = 0  # own tokens of the longest row, this call's included
+    root: torch.Tensor | None = None  # (layers, 2, kv heads, k, size): stands for the prefix's first k keys and values
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop every row but these."""
@@ -74,6 +76,8 @@ def decode_attention(
     """The attention function that transformers calls while generating; returns (rows, new, heads, size)."""
     if memory is None:
         raise ModelError("decoding attention was called without its memory")
+    if memory.phase == "prefix" and memory.root is not None:
+        key, value = put_in_front(memory.root[module.layer_idx], key, value)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     memory.remember(module.layer_idx, key, value)
     own = (
@@ -153,14 +157,13 @@ def stream(
     lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
     memory = Memory(room=int(lengths.max()) + max_new_tokens, lengths=torch.zeros_like(lengths))
     with attending(model, NAME):
-        if shared:
-            _forward(model, torch.tensor([list(prompts[0][:shared])], device=device), memory, 0)
+        begin = _begin(model, prompts[0][:shared], memory)
         memory.phase, longest = "fill", int(lengths.max())
         memory.longest = longest
         ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt) - shared] = torch.tensor(list(prompt[shared:]), device=device)
-        states = _forward(model, ids, memory, shared)
+        states = _forward(model, ids, memory, begin)
         last = states[torch.arange(len(prompts), device=device), lengths - 1]
         memory.phase, memory.lengths = "step", lengths
         active = torch.arange(len(prompts), device=device)
@@ -176,14 +179,30 @@ def stream(
                 active, tokens = active[rows], tokens[rows]
                 memory.keep(rows)
             memory.longest = int(memory.lengths.max()) + 1
-            last = _forward(model, tokens[:, None], memory, shared)[:, 0]
+            last = _forward(model, tokens[:, None], memory, begin)[:, 0]
             memory.lengths = memory.lengths + 1
 
 
-def _forward(model: Any, ids: torch.Tensor, memory: Memory, shared: int) -> torch.Tensor:
-    """Run the body on (rows, new) ids and return states (rows, new, hidden_size)."""
+def _begin(model: Any, shared: Sequence[int], memory: Memory) -> int:
+    """Run what all rows begin with, a soft prompt before their own tokens, and return its length."""
+    soft, ids = soft_of(model), torch.tensor([list(shared)], dtype=torch.long, device=model.device)
+    if soft is None:
+        if shared:
+            _forward(model, ids, memory, 0)
+        return len(shared)
+    memory.root, length = soft.key_values(model), soft.tokens + len(shared)
+    if memory.root is not None and not shared:
+        memory.prefix = {layer: (pair[:1], pair[1:]) for layer, pair in enumerate(memory.root)}
+        return length
+    positions = torch.arange(length, device=ids.device)[None]
+    model.get_decoder()(**soft.before(model, ids), position_ids=positions, use_cache=False, memory=memory)
+    return length
+
+
+def _forward(model: Any, ids: torch.Tensor, memory: Memory, begin: int) -> torch.Tensor:
+    """Run the body on (rows, new) ids behind a prefix of `begin` tokens; states (rows, new, hidden_size)."""
     first = memory.lengths[: len(ids), None] if memory.phase == "step" else torch.zeros_like(ids[:, :1])
-    positions = shared + first + torch.arange(ids.shape[1], device=ids.device)[None]
+    positions = begin + first + torch.arange(ids.shape[1], device=ids.device)[None]
     out = model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, memory=memory)
     states: torch.Tensor = out.last_hidden_state
     return states

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from luthier.errors import ModelError
 from luthier.model.attention import attending, shares_prefixes
 from luthier.model.batch import Batch
+from luthier.model.soft import Soft, soft_of
 
 CHUNK = 512  # targets per head product: 100 MB of float32 logits at a vocabulary of 49,152
 
@@ -27,25 +28,34 @@ def logprobs(model: Any, batch: Batch, *, chunk: int = CHUNK) -> torch.Tensor:
 
 
 def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
-    """Run the body (no head) and return the last hidden states (tokens, hidden_size)."""
-    body = model.get_decoder()
+    """Run the body (no head) and return the last hidden states (tokens, hidden_size); a soft prompt's are cut off."""
+    body, soft = model.get_decoder(), soft_of(model)
     if shares_prefixes(model):
-        return _separate(model, body, batch)
+        return _separate(model, body, batch, soft)
+    inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "tree": batch.tree}
+    if soft is not None:
+        tree = batch.tree.rooted(soft.tokens, soft.key_values(model))
+        inputs = {**soft.before(model, batch.ids), "position_ids": tree.positions[None], "tree": tree}
     with attending(model):
-        out = body(input_ids=batch.ids, position_ids=batch.positions, use_cache=False, tree=batch.tree)
+        out = body(**inputs, use_cache=False)
     states: torch.Tensor = out.last_hidden_state[0]
-    return states
+    return states if soft is None else states[soft.tokens :]
 
 
-def _separate(model: Any, body: Any, batch: Batch) -> torch.Tensor:
+def _separate(model: Any, body: Any, batch: Batch, soft: Soft | None) -> torch.Tensor:
     """Architectures that cannot share: every segment must be a whole row; rows run padded, in the model's own way."""
     tree = batch.tree
     if tree.crosses:
         raise ModelError(f"{shares_prefixes(model)}: pack its rows with share=False")
+    if soft is not None and soft.kind != "embeddings":
+        raise ModelError(f"{shares_prefixes(model)}: it cannot take a prefix of keys and values")
     states: torch.Tensor | None = None
     for own in tree.owns:
         mask = own.valid if own.valid is not None else torch.ones_like(own.index, dtype=torch.bool)
-        out = body(input_ids=batch.ids[0][own.index], attention_mask=mask.long(), use_cache=False).last_hidden_state
+        inputs, seen = {"input_ids": batch.ids[0][own.index]}, mask.long()
+        if soft is not None:
+            inputs, seen = soft.before(model, inputs["input_ids"]), F.pad(seen, (soft.tokens, 0), value=1)
+        out = body(**inputs, attention_mask=seen, use_cache=False).last_hidden_state[:, -mask.shape[1] :]
         if states is None:
             states = out.new_zeros(tree.size, out.shape[-1])
         states = states.index_put((own.index[mask],), out[mask])
