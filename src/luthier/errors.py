@@ -78,6 +78,10 @@ class TrainingError(LuthierError):
     """Training cannot go on: the loss is not a number, nothing is supervised, nothing is trainable."""
 
 
+class Diverged(TrainingError):
+    """Loss or gradient is not a number: this rate, or these rows, are too much for the model."""
+
+
 class ProofFailed(LuthierError):
     """A required proof did not hold (merged and attached disagree, a reload changes logits)."""
 

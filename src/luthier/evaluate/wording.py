@@ -55,3 +55,10 @@ def rounded(count: int) -> str:
 def changes(counts: Mapping[str, int]) -> str:
     """`118 fixed, 1 broken`."""
     return f"{counts['fixed']} fixed, {counts['broken']} broken"
+
+
+def lasting(seconds: float) -> str:
+    """A rough time: `45 s`, `12 min`, `1.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

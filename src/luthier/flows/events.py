@@ -36,6 +36,16 @@ class Answering:
 
 
 @dataclass(frozen=True, slots=True)
+class Studied:
+    """A study has finished `done` of about `total` trials; all of it will take about `seconds_left` more."""
+
+    trial: str
+    done: int
+    total: int
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something a person should know, without stopping the work."""
 
@@ -43,7 +53,7 @@ class Note:
     severity: Literal["info", "warning"] = "info"
 
 
-Event = Stage | Progress | Answering | Note
+Event = Stage | Progress | Answering | Studied | Note
 Listener = Callable[[Event], None]
 
 

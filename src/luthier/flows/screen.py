@@ -15,7 +15,7 @@ from rich.text import Text
 
 from luthier.evaluate import wording
 from luthier.flows import events
-from luthier.flows.events import Answering, Event, Listener, Note, Stage
+from luthier.flows.events import Answering, Event, Listener, Note, Stage, Studied
 from luthier.text.show import visible
 
 EVERY = 5.0  # seconds between plain lines
@@ -82,6 +82,8 @@ class _Bars:
             self._progress.console.print(Text(visible(event.text), style))
         elif isinstance(event, Answering):
             self._show(event.system.replace("_", " "), event.done, event.total, "")
+        elif isinstance(event, Studied):
+            self._progress.console.print(Text(visible(_words(event)), "dim"))
         else:
             self._show("steps", event.step.index, event.total, f"{_facts(event)}  {_left(event.seconds_left)} left")
 
@@ -97,6 +99,8 @@ class _Bars:
 
 
 def _ends(event: Event) -> bool:
+    if isinstance(event, Studied):
+        return True
     if isinstance(event, Answering):
         return event.done == event.total
     return isinstance(event, events.Progress) and event.step.index in (1, event.total)
@@ -105,6 +109,8 @@ def _ends(event: Event) -> bool:
 def _words(event: Event) -> str:
     if isinstance(event, Answering):
         return f"{event.system.replace('_', ' ')}: {event.done}/{event.total} answers"
+    if isinstance(event, Studied):
+        return f"trial {event.done}/{event.total}: {event.trial}  {_left(event.seconds_left)} left"
     assert isinstance(event, events.Progress)
     return f"step {event.step.index}/{event.total}  {_facts(event)}  {_left(event.seconds_left)} left"
 

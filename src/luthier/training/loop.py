@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.contracts import Adapted, Method, Objective
-from luthier.errors import CheckpointError, Fault, TrainingError
+from luthier.errors import CheckpointError, Diverged, Fault, TrainingError
 from luthier.records import Loss, Pack, Step
 from luthier.spec import TrainSpec
 from luthier.training import rng
@@ -241,7 +241,8 @@ class Training:
         self._master.discard()
         faults = [Fault(f"rows {_listing(pack.rows)}", "were computed together") for pack in packs]
         remedy = "look at these rows; else lower train.learning_rate or use model.dtype=float32"
-        raise TrainingError(f"{what} in step {self.progress.step + 1}", faults=faults, remedy=remedy)
+        kind = Diverged if what.endswith("not a number") else TrainingError
+        raise kind(f"{what} in step {self.progress.step + 1}", faults=faults, remedy=remedy)
 
     def _account(self, batch: StepBatch, loss_sum: float, count: float, seconds: float) -> None:
         self.progress.loss_sum += loss_sum
