@@ -21,12 +21,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 SHELVES = set(registry.SHELVES)
 # Rooms in the order of imports; rooms of one rank do not import each other.
 RANKS = [
-    {"errors"}, {"records"}, {"contracts"}, {"registry"}, {"spec"}, {"store"}, {"text", "data"}, {"model"}, {"adapt"}, SHELVES,
+    {"errors"}, {"records"}, {"contracts"}, {"registry"}, {"familiar"}, {"spec"}, {"store"}, {"text", "data"}, {"model"}, {"adapt"}, SHELVES,
     {"training", "evaluate", "anatomy", "hub"}, {"serve"}, {"flows"}, {"cli", "web"}, {"__main__"},
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 WORKSHOPS = {"text", "data", "model", "adapt", "training", "evaluate", "anatomy", "hub", "serve"}
-GROUND = {"errors", "records", "contracts", "registry", "spec", "store"}
+GROUND = {"errors", "records", "contracts", "registry", "familiar", "spec", "store"}
 # The public face may lead to flows; a contract's default may lead to the room that does the work.
 ALLOWED = {("contracts", "adapt")}
 LIGHT = GROUND | {"text", "data", "cli", "__init__", "__main__"} | SHELVES

@@ -296,7 +296,7 @@ def test_the_page_on_training_tells_every_setting_as_it_is():
     told = (ROOT / "docs" / "train.md").read_text("utf-8").splitlines()
     wanted = [
         table_line(f"{part}.{name}", setting)
-        for part in ("model", "data", "train", "evaluate")
+        for part in ("model", "quantize", "data", "train", "evaluate")
         for name, setting in spec._fields_at([part]).items()
     ]
     wanted += [table_line(name, spec.RunSpec.model_fields[name]) for name in ("name", "runs")]

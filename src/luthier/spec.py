@@ -10,8 +10,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from luthier import registry
+from luthier import familiar, registry
 from luthier.errors import Fault, SpecError, UsageError
+from luthier.familiar import ALIASES
 
 
 class _Part(BaseModel):
@@ -28,6 +29,28 @@ class ModelSpec(_Part):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless you say so")
+
+
+class QuantizeSpec(_Part):
+    """How the matrices of the frozen base are kept. Embeddings, norms and the head keep `model.dtype`."""
+
+    name: Literal["none", "nf4", "fp4", "int8"] = Field(
+        "none", description="nf4: 4 bits at a normal curve's quantiles; fp4: 4-bit floats; int8: 8 bits a weight"
+    )
+    double: bool = Field(True, description="quantise nf4's and fp4's constants too: 4.127 bits a weight, not 4.5")
+    block: Literal[64, 32, 128, 256, 512, 1024, 2048, 4096] = Field(
+        64, description="weights of nf4 and fp4 that share one constant"
+    )
+    compute: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto", description="number format of the products; auto: the model's"
+    )
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in (kinds := ("none", "nf4", "fp4", "int8")):
+            raise ValueError(f"no quantisation is called '{value}': {registry.suggestion(value, kinds)}")
+        return value
 
 
 class DataSpec(_Part):
@@ -68,6 +91,9 @@ class TrainSpec(_Part):
 
     epochs: float = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="stop after so many optimiser steps (needed with stream)")
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = Field(
+        "adamw", description="8bit: moments in 8 bits; paged: moments may leave the GPU at peaks"
+    )
     learning_rate: float | None = Field(None, gt=0, lt=1, description="peak of AdamW's; the method's own by default")
     batch_size: int = Field(16, ge=1, description="examples per optimiser step")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after warm-up")
@@ -103,6 +129,7 @@ class RunSpec(_Part):
     """A task: what a user asks for."""
 
     model: ModelSpec
+    quantize: QuantizeSpec = Field(default_factory=QuantizeSpec, description="nf4, fp4, int8 or none")
     data: DataSpec
     template: dict[str, Any] = Field(
         default_factory=lambda: {"name": "chat"}, description="chat, plain, alpaca, a .jinja file"
@@ -118,10 +145,10 @@ class RunSpec(_Part):
     )
     runs: str = Field("runs", description="the folder that holds runs")
 
-    @field_validator("model", mode="before")
+    @field_validator("model", "quantize", mode="before")
     @classmethod
     def _model_by_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        return {"name": value} if isinstance(value, str) else {} if value is None else value
 
     @field_validator("template", "method", "objective", mode="before")
     @classmethod
@@ -132,25 +159,6 @@ class RunSpec(_Part):
 
 
 SHELF_OF = {"template": "templates", "method": "methods", "objective": "objectives"}
-ALIASES = {
-    "model_name_or_path": "model", "base_model": "model", "model_id": "model",
-    "trust_remote_code": "model.trust_remote_code", "torch_dtype": "model.dtype", "dtype": "model.dtype",
-    "dataset": "data.train", "train_file": "data.train", "train_data": "data.train",
-    "val_size": "data.dev", "val_set_size": "data.dev", "test_size": "data.test", "eval_file": "data.dev",
-    "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "max_seq_length": "data.max_length",
-    "max_length": "data.max_length", "chat_template": "template",
-    "finetuning_type": "method", "adapter": "method", "peft_type": "method",
-    "lora_r": "method.rank", "lora_rank": "method.rank", "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout", "lora_target": "method.target_modules",
-    "target_modules": "method.target_modules", "lora_target_modules": "method.target_modules",
-    "stage": "objective", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "epochs": "train.epochs",
-    "learning_rate": "train.learning_rate", "lr": "train.learning_rate", "max_steps": "train.max_steps",
-    "per_device_train_batch_size": "train.batch_size", "micro_batch_size": "train.batch_size",
-    "batch_size": "train.batch_size", "lr_scheduler_type": "train.schedule", "warmup_ratio": "train.warmup",
-    "weight_decay": "train.weight_decay", "max_grad_norm": "train.clip", "seed": "train.seed",
-    "eval_steps": "train.eval_every", "save_steps": "train.save_every", "gradient_checkpointing": "train.checkpointing",
-    "report_to": "train.report_to", "output_dir": "runs",
-}  # fmt: skip
 
 
 class _Loader(yaml.SafeLoader):
@@ -262,6 +270,8 @@ def json_schema() -> dict[str, Any]:
             )
         schema["properties"][key] = {"description": schema["properties"][key].get("description", ""), "anyOf": choices}
     schema["$defs"]["ModelSpec"] = {"anyOf": [{"type": "string"}, schema["$defs"]["ModelSpec"]]}
+    quantize = schema["$defs"]["QuantizeSpec"]
+    schema["$defs"]["QuantizeSpec"] = {"anyOf": [quantize["properties"]["name"], quantize]}
     schema["$defs"]["DataSpec"]["properties"]["train"] = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
     }
@@ -292,7 +302,7 @@ def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 def _resolve_aliases(tree: Mapping[str, Any], lines: dict[str, int], where: str) -> tuple[dict[str, Any], list[Fault]]:
     result: dict[str, Any] = {}
-    faults: list[Fault] = []
+    tree, faults = familiar.translate(tree)
     for key, value in sorted(tree.items(), key=lambda item: str(item[0]) in ALIASES):  # our own keys first
         target = ALIASES.get(str(key), str(key))
         if target != key:
@@ -309,7 +319,10 @@ def _override(tree: dict[str, Any], text: str) -> list[Fault]:
         value = yaml.load(raw, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         return [Fault(text, "has a value that is not YAML", "quote it")]
-    return _place(tree, ALIASES.get(key, key), value, key, replace=True)
+    meant, faults = familiar.translate({key: value})
+    for said, value in meant.items():
+        faults += _place(tree, ALIASES.get(said, said), value, said, replace=True)
+    return faults
 
 
 def _place(tree: dict[str, Any], target: str, value: Any, said: str, replace: bool = False) -> list[Fault]:
@@ -343,13 +356,8 @@ def _schema_faults(error: ValidationError) -> list[Fault]:
         name = ".".join(path)
         if item["type"] == "extra_forbidden":
             known = [*fields, *(ALIASES if len(path) == 1 else ())]
-            faults.append(
-                Fault(
-                    name,
-                    "is not a known setting",
-                    registry.suggestion(path[-1], fields) if len(path) > 1 else _near(path[-1], known, fields),
-                )
-            )
+            near = registry.suggestion(path[-1], fields) if len(path) > 1 else _near(path[-1], known, fields)
+            faults.append(Fault(name, "is not a known setting", near))
         elif item["type"] == "missing":
             description = fields[path[-1]].description if path[-1] in fields else ""
             faults.append(Fault(name, "is missing", description or ""))
@@ -387,16 +395,16 @@ def _combinations(spec: RunSpec) -> list[Fault]:
     """Settings that are each fine and cannot stand together."""
     faults = []
     if spec.data.stream and spec.train.max_steps is None:
-        faults.append(
-            Fault("train.max_steps", "is needed with data.stream", "the length of a stream is not known before")
-        )
+        remedy = "the length of a stream is not known before"
+        faults.append(Fault("train.max_steps", "is needed with data.stream", remedy))
     if spec.data.stream and not (isinstance(spec.data.dev, list) and isinstance(spec.data.test, list)):
-        faults.append(
-            Fault("data.dev", "must be files with data.stream", "a stream is not split: name dev and test files")
-        )
+        remedy = "a stream is not split: name dev and test files"
+        faults.append(Fault("data.dev", "must be files with data.stream", remedy))
     shares = [value for value in (spec.data.dev, spec.data.test) if isinstance(value, float)]
     if sum(shares) >= 0.9:
         faults.append(Fault("data.test", "leaves too little to learn from", "dev and test together below 0.9"))
+    if spec.quantize.block != 64 and spec.quantize.name not in ("nf4", "fp4"):
+        faults.append(Fault("quantize.block", "is for nf4 and fp4", "int8 has one constant for each row of a matrix"))
     if spec.data.format and spec.data.columns:
         faults.append(Fault("data.columns", "cannot stand with data.format", "columns name a format of their own"))
     return faults
