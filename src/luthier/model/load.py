@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import registry, store
-from luthier.errors import ModelError, UsageError
+from luthier.errors import ModelError, SpecError, UsageError
 from luthier.model.catalog import require_whole
 from luthier.model.digest import CONFIG
 from luthier.model.quiet import quiet
+from luthier.spec import QuantizeSpec
 
 if TYPE_CHECKING:
     import torch
@@ -19,23 +20,50 @@ DTYPES = ("bfloat16", "float32", "float16")
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> PreTrainedModel:
+    folder: Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False,
+    quantize: QuantizeSpec | None = None,
+) -> PreTrainedModel:  # fmt: skip
     """Load a causal language model for inference: evaluation mode, nothing trainable, on one device.
 
-    Raise ModelError for a folder that is not whole, pickled weights, an unknown architecture, damaged or missing
-    weights, or too little memory; each says what to do.
+    With `quantize` its matrices are kept in 4 or 8 bits; a folder that is quantised already stays as it is. Raise
+    ModelError for a folder that is not whole, pickled weights, an unknown architecture, damaged or missing weights, or
+    too little memory, SpecError for a quantisation that cannot be had here; each says what to do.
     """
+    from luthier.model import quantize as quantisation
+
     config = _read_config(require_whole(folder), trust_remote_code)
     place = pick_device(device)
+    asked = _asked(quantize, config, folder, place)
     kind = pick_dtype(dtype, place)
-    model: Any = _from_pretrained(folder, config, kind, trust_remote_code)
+    more: dict[str, Any] = {}
+    if asked and quantisation.while_loading(asked):
+        more = {"quantization_config": quantisation.settings(asked, kind), "device_map": {"": place}}
+    elif "quantization_config" in config:
+        more = {"device_map": {"": place}}
+    model: Any = _from_pretrained(folder, config, kind, trust_remote_code, **more)
     try:
-        model.to(place)
+        if not more:
+            model.to(place)
+        if asked and not more:
+            quantisation.quantise(model, asked)
     except RuntimeError as error:  # torch's out-of-memory errors are RuntimeErrors
         raise ModelError(f"does not fit on {place} ({_first_line(error)})", where=str(folder)) from error
-    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = quantisation.steady(model).eval().requires_grad_(False)
     return loaded
+
+
+def _asked(quantize: QuantizeSpec | None, config: dict[str, Any], folder: Path, place: str) -> QuantizeSpec | None:
+    """The quantisation to carry out, once it is known to be possible here; None for a plain load."""
+    from luthier.model import quantize as quantisation
+
+    if quantize is None or quantize.name == "none":
+        return None
+    if "quantization_config" in config:
+        raise SpecError(
+            "is quantised already", where=str(folder), remedy="leave `quantize` out, or take the plain model"
+        )
+    quantisation.require(quantize, place)
+    return quantize
 
 
 def pick_device(name: str = "auto") -> str:
@@ -79,16 +107,19 @@ def fast_bfloat16(device: str) -> bool:
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
     """The facts that a report shows about a loaded model."""
+    from luthier.model import quantize
+
     config = model.config.get_text_config()
     return {
         "architecture": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": quantize.parameters(model),
         "layers": config.num_hidden_layers,
         "hidden": config.hidden_size,
         "vocab": config.vocab_size,
         "context": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "quantize": quantize.found(model) or None,
     }
 
 
@@ -110,7 +141,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     return dict(config)
 
 
-def _from_pretrained(folder: Path, config: dict[str, Any], dtype: torch.dtype, trust: bool) -> Any:
+def _from_pretrained(folder: Path, config: dict[str, Any], dtype: torch.dtype, trust: bool, **more: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -125,6 +156,7 @@ def _from_pretrained(folder: Path, config: dict[str, Any], dtype: torch.dtype, t
                 local_files_only=True,
                 trust_remote_code=trust,
                 output_loading_info=True,
+                **more,
             )
     except SafetensorError as error:
         remedy = "copy the folder again, or pull it anew"
