@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,15 +45,7 @@ class LayerNorm(contracts.Method):
         names = [name for name, module in model.named_modules() if blocks.is_norm(module)]
         if not names:
             raise SpecError("this model has no norms with gains", where="method", remedy="use lora")
-        with warnings.catch_warnings():  # that norms are no linears is why we are here
-            warnings.filterwarnings("ignore", "Unsupported layer type")
-            return wrapped.attach(model, LNTuningConfig(task_type="CAUSAL_LM", target_modules=names), seed=seed)
-
-    def load(self, model: Any, folder: Any) -> contracts.Adapted:
-        """Put saved gains on the model."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Unsupported layer type")
-            return super().load(model, folder)
+        return wrapped.attach(model, LNTuningConfig(task_type="CAUSAL_LM", target_modules=names), seed=seed)
 
     def groups(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Decay would pull gains to zero: none."""
