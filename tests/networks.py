@@ -9,10 +9,14 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -39,6 +43,11 @@ def _pristine(kind: str) -> Any:
             **shape, num_key_value_heads=1, head_dim=16, sliding_window=WINDOW, layer_types=layers
         )
         return Gemma3ForCausalLM(config)
+    if kind == "mistral":  # beside KINDS: for methods that know few families
+        return MistralForCausalLM(MistralConfig(**shape, num_key_value_heads=2, head_dim=16, sliding_window=WINDOW))
+    if kind == "gpt2":
+        quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+        return GPT2LMHeadModel(GPT2Config(**shape, **quiet))
     return GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
 
 

@@ -1,35 +1,39 @@
 """LLaMA-Adapter's gated prompts in the attention of the upper layers, through PEFT's AdaptionPrompt, in PEFT's layout.
 
-PEFT wraps the attention modules instead of swapping linear layers: it cannot `unload`, and it takes the shapes of some
-families for granted. What it would compute wrongly is refused here:
+PEFT wraps the attention modules instead of swapping linear layers, so it cannot `unload`; and it takes the shapes of
+some families for granted. Refused is what it would compute wrongly:
 
 - a head size of its own: PEFT finds the number of key heads from the widths of two matrices;
-- a bias on the attention's output matrix: PEFT adds it a second time, and a fresh adapter would change the base;
-- GPT-2: PEFT's wrapper takes the attention's first argument by another name and skips its output matrix.
+- a bias on the attention's output matrix: PEFT adds it a second time, and a fresh adapter would change the base.
+
+In GPT-2 PEFT adds the prompts' values without the attention's output matrix; so does this, being PEFT's.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
-import torch
-from peft import AdaptionPromptConfig, get_peft_model, set_peft_model_state_dict
+from peft import AdaptionPromptConfig, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier import registry, store
 from luthier.adapt import folder as files
+from luthier.adapt import wrapped
 from luthier.adapt.blocks import blocks
-from luthier.adapt.wrapped import PeftAdapted
 from luthier.errors import CheckpointError, Fault, SpecError
 
 KIND = "ADAPTION_PROMPT"
-FAMILIES = ("llama", "mistral")  # SmolLM2, TinyLlama and many more call themselves llama
+FAMILIES = ("llama", "mistral", "gpt2")  # what PEFT knows; SmolLM2 and many more call themselves llama
 IGNORED = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 
 
-class GatedAdapted(PeftAdapted):
+class GatedAdapted(wrapped.PeftAdapted):
     """A base whose upper attentions are wrapped by PEFT's AdaptedAttention."""
+
+    def settings(self) -> dict[str, Any]:
+        """PEFT's configuration as it is written; the target is an attention's name, no pattern."""
+        return {**self.wrapped.peft_config["default"].to_dict(), "inference_mode": True}
 
     def merge(self) -> NoReturn:
         """Refuse: what a prompt adds depends on each token's query."""
@@ -49,7 +53,7 @@ class _Written(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    target_modules: str | None = Field(None, pattern="^self_attn$")
+    target_modules: Literal["self_attn", "attn"] | None = None  # PEFT finds it anew by the family
     adapter_len: int = Field(ge=1, le=4096)
     adapter_layers: int = Field(ge=1, le=4096)
 
@@ -65,11 +69,7 @@ def attach(model: Any, *, length: int, layers: int | None, seed: int) -> GatedAd
     if layers is not None and layers > count:
         raise SpecError(f"the model has {count} layers, not {layers}", where="method.layers")
     config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=length, adapter_layers=layers or max(1, count - 2))
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
-    return GatedAdapted(wrapped)  # type: ignore[arg-type]
+    return GatedAdapted(wrapped.attach(model, config, seed=seed).wrapped)
 
 
 def load(model: Any, folder: Path) -> GatedAdapted:
@@ -104,7 +104,7 @@ def require_known(model: Any) -> None:
     """Raise SpecError, with all reasons, unless PEFT's gated prompts are right for this model."""
     config = model.config.get_text_config()
     if config.model_type not in FAMILIES:
-        known = " and ".join(FAMILIES)
+        known = ", ".join(FAMILIES)
         raise SpecError(
             f"LLaMA-Adapter is written for the attention of {known} models; this one is {config.model_type}",
             where="method.name",
@@ -115,7 +115,7 @@ def require_known(model: Any) -> None:
     faults = []
     if heads * size != config.hidden_size:
         faults.append(Fault("attention", f"{heads} heads of {size} are not the model's width {config.hidden_size}"))
-    if getattr(attention.o_proj, "bias", None) is not None:
+    if getattr(getattr(attention, "o_proj", None), "bias", None) is not None:
         faults.append(Fault("attention", "its output matrix has a bias, which PEFT would add twice"))
     if faults:
         raise SpecError(

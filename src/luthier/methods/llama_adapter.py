@@ -34,7 +34,7 @@ class LlamaAdapter(contracts.Method):
             "In each of the upper layers every token also attends to a few learned ones, apart from the text: with a "
             "softmax of their own, whose result is multiplied by a learned gate. The gate starts at zero, so the first "
             "steps do not disturb what the model knows, as prompts drawn at random otherwise do. It takes no place in "
-            "the context. Only for models with Llama's or Mistral's attention."
+            "the context. Only for models with Llama's, Mistral's or GPT-2's attention."
         ),
         folklore=(
             (
