@@ -217,3 +217,4 @@ class AdapterCard:
     parents: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)  # name -> sha256
     version: str = "1"
+    quantize: Mapping[str, Any] = field(default_factory=dict)  # how the base's matrices were kept; empty: plain

@@ -37,13 +37,19 @@ class Tuned:
         folder = catalog.locate(asked.name, revision=asked.revision)
         cards.require_base(self.card, catalog.base_hash(folder), run.adapter)
         base = load.load_model(
-            folder, dtype=self.card.dtype, device=asked.device, trust_remote_code=asked.trust_remote_code
-        )
+            folder, dtype=self.card.dtype, device=asked.device, trust_remote_code=asked.trust_remote_code,
+            quantize=self.quantize,
+        )  # fmt: skip
         self.adapted: Adapted | None = None
         if with_adapter:
             self.adapted = method_of(self.card).load(base, run.adapter)
             self.adapted.model.eval()
         self.model: Any = self.adapted.model if self.adapted else base
+
+    @property
+    def quantize(self) -> specs.QuantizeSpec:
+        """How the base's matrices are kept: as in training; a base that is quantised on disk stays as it is."""
+        return specs.QuantizeSpec(**self.card.quantize) if self.spec.quantize.name != "none" else self.spec.quantize
 
     @property
     def system(self) -> str | None:

@@ -93,6 +93,7 @@ def _writable(folder: Path) -> tuple[bool, str]:
 def _extras() -> Iterator[Item]:
     for extra in EXTRAS:
         yield Item(f"extra {extra}", _version(extra) or f"absent (pip install 'luthier[{extra}]')")
+    yield Item("bitsandbytes", _version("bitsandbytes") or "absent (pip install 'luthier[quantize]')")
 
 
 def _settings() -> Iterator[Item]:

@@ -33,8 +33,7 @@ def export(run: str | Path, folder: str | Path) -> dict[str, Any]:
         raise UsageError("is not empty", where=str(final), remedy="choose a new folder")
     probes = [tuned.prompt(example.prompt) for example in held_out(tuned.run)[:PROBES]]
     attached = [_logprobs(tuned.model, ids) for ids in probes]
-    assert tuned.adapted is not None, "loaded with its adapter"
-    merged = tuned.adapted.merge()
+    merged, base = _merged(tuned, method)
     after = [_logprobs(merged, ids) for ids in probes]
     differences = torch.tensor([float((a - b).abs().mean()) for a, b in zip(attached, after, strict=True)])
     agree = sum(int(a[-1].argmax() == b[-1].argmax()) for a, b in zip(attached, after, strict=True))
@@ -44,6 +43,7 @@ def export(run: str | Path, folder: str | Path) -> dict[str, Any]:
         "largest_difference": float(differences.max()),
         "tolerance": TOLERANCE[tuned.card.dtype],
         "same_next_token": agree,
+        "base": base,
     }
     if proof["largest_difference"] > proof["tolerance"]:
         raise ProofFailed(f"merged and attached disagree: {proof}", remedy="export from a float32 run")
@@ -59,6 +59,22 @@ def export(run: str | Path, folder: str | Path) -> dict[str, Any]:
         shutil.rmtree(final)  # empty, see above
     store.publish_folder(final, fill, about={"kind": "merged model", "name": tuned.card.name})
     return {"folder": str(final), **proof}
+
+
+def _merged(tuned: Tuned, method: Any) -> tuple[Any, str]:
+    """The plain model, and what the adapter was folded into: a quantised base is dequantised first.
+
+    Folding into 4-bit matrices would round the update to their sixteen values; the dequantised ones are those that it
+    was trained on.
+    """
+    from luthier.model import quantize
+
+    assert tuned.adapted is not None, "loaded with its adapter"
+    kept = quantize.found(tuned.model)
+    if not kept:
+        return tuned.adapted.merge(), "as it is"
+    plain = quantize.dequantised(tuned.adapted.detach())
+    return method.load(plain, tuned.run.adapter).merge(), f"dequantised from {kept['name']}"
 
 
 def _logprobs(model: Any, ids: tuple[int, ...]) -> Any:

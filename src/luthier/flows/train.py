@@ -123,17 +123,27 @@ class RunEvidence:
 
 def _load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, dict[str, Any]]:
     """Load the base and say what decides its answers."""
-    from luthier.model import catalog, load, proof
+    from luthier.model import catalog, load, proof, quantize
 
     tell(Stage("load the base", spec.model.name))
     if spec.train.threads:
         import torch
 
         torch.set_num_threads(spec.train.threads)
+    from luthier.training import moments
+
     asked = spec.model
+    for note in moments.require(spec.train.optimizer, load.pick_device(asked.device)):
+        tell(Note(note, "warning"))
     base = load.load_model(
-        prepared.model_folder, dtype=asked.dtype, device=asked.device, trust_remote_code=asked.trust_remote_code
-    )
+        prepared.model_folder, dtype=asked.dtype, device=asked.device, trust_remote_code=asked.trust_remote_code,
+        quantize=spec.quantize,
+    )  # fmt: skip
+    if kept := quantize.found(base):
+        told = quantize.bits(base)
+        tell(
+            Note(f"{kept['name']}: {told.matrices:.3f} bits a weight in matrices, {told.whole:.2f} in the whole model")
+        )
     if reason := proof.prove_sharing(base, prepared.rendered_train[:PROVED]):
         prepared.separate = reason
         tell(Note(f"prefixes are not shared: {reason}; rows run padded, exact and slower", "warning"))
@@ -142,10 +152,11 @@ def _load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, 
 
 def identity_of(base: Any, prepared: Prepared) -> dict[str, Any]:
     """All that decides a base's answers to a prompt: part of the key of every kept answer."""
-    from luthier.model import catalog
+    from luthier.model import catalog, quantize
 
-    text = prepared.tokenizer
+    text, kept = prepared.tokenizer, quantize.found(base)
     return {
+        **({"quantize": kept} if kept else {}),
         "base": catalog.base_hash(prepared.model_folder),
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
@@ -242,6 +253,7 @@ def _card(spec: RunSpec, prepared: Prepared, identity: dict[str, Any], outcome: 
         tokenizer_hash=identity["tokenizer"],
         data_hash=prepared.data_hash,
         dtype=identity["dtype"],
+        quantize=identity.get("quantize", {}),
         metrics={
             "best_dev_loss": outcome["best_dev_loss"],
             "step": outcome["restored_step"],

@@ -75,6 +75,7 @@ def require_base(card: AdapterCard, base_hash: str, folder: Path) -> None:
 
 def readme(card: AdapterCard, verdict: str) -> str:
     """The adapter folder's README in the form that model hubs show."""
+    kept = f" on the base in {card.quantize['name']}, as it is served" if card.quantize else ""
     method = ", ".join(f"{key} {value}" for key, value in card.method.items() if value is not None)
     return "\n".join(
         [
@@ -87,7 +88,7 @@ def readme(card: AdapterCard, verdict: str) -> str:
             "",
             verdict,
             "",
-            f"Method: {method}. Template: {card.template.get('name')}. Trained in {card.dtype}.",
+            f"Method: {method}. Template: {card.template.get('name')}. Trained in {card.dtype}{kept}.",
             "",
             "```python",
             "from peft import PeftModel",

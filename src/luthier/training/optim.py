@@ -1,4 +1,4 @@
-"""AdamW on one flat float32 master copy of whatever learns, and schedules as pure functions of the step.
+"""One flat float32 master copy of whatever learns, and schedules as pure functions of the step.
 
 A LoRA adapter is some 400 small tensors. Kept flat, one fused call updates them, one norm clips them, and sums of
 bf16 gradients are taken in float32 (performance section 4). The model's own (often bf16) parameters are rewritten
@@ -15,9 +15,9 @@ import torch
 
 from luthier.errors import CheckpointError, TrainingError
 from luthier.spec import TrainSpec
+from luthier.training import moments
 
 Stepped = Callable[[Mapping[str, torch.Tensor]], Sequence[str]]
-STATE = ("master", "exp_avg", "exp_avg_sq", "optimiser_step")
 
 
 def scale(step: int, total: int, *, schedule: str, warmup: float) -> float:
@@ -46,7 +46,7 @@ class _Place:
 
 
 class Master:
-    """The float32 truth of the trainable parameters, their gradient sum and AdamW's moments, each one flat tensor."""
+    """The float32 truth of the trainable parameters and their gradient sum, each one flat tensor; and their moments."""
 
     def __init__(
         self,
@@ -68,14 +68,13 @@ class Master:
         device = self.places[0].parameter.device
         self.master = torch.cat([p.parameter.detach().reshape(-1).to(device, torch.float32) for p in self.places])
         self.grad = torch.zeros_like(self.master)
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
         self.optimiser_step = torch.zeros((), dtype=torch.float32, device=device)
         self._views = [
             (p.parameter, self.master[p.slice].view(p.shape), self.grad[p.slice].view(p.shape)) for p in self.places
         ]
-        self._lr_scales: list[float] = []
-        self._optimiser = self._adamw(wishes)
+        slices = self._slices(wishes)
+        self._lr_scales = [part.lr_scale for part in slices]
+        self._moments = moments.make(slices, settings)
 
     def __len__(self) -> int:
         return self.master.numel()
@@ -112,9 +111,9 @@ class Master:
             return norm
         if norm > self.settings.clip:
             self.grad.mul_(self.settings.clip / (norm + 1e-6))
-        for group, factor in zip(self._optimiser.param_groups, self._lr_scales, strict=True):
+        for group, factor in zip(self._moments.optimiser.param_groups, self._lr_scales, strict=True):
             group["lr"] = rate * factor
-        self._optimiser.step()
+        self._moments.optimiser.step()
         self.optimiser_step += 1
         self.write_back()
         if stepped is not None:
@@ -138,19 +137,17 @@ class Master:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything the optimiser remembers, as plain CPU tensors."""
-        return {name: getattr(self, name).detach().to("cpu", copy=True) for name in STATE}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._kept().items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put a `state()` back and rewrite the parameters; raise CheckpointError when it does not fit."""
-        for name in STATE:
-            own = getattr(self, name)
+        for name, own in self._kept().items():
             if name not in state or state[name].shape != own.shape or state[name].dtype != own.dtype:
                 raise CheckpointError(f"the saved '{name}' does not fit this adapter", remedy="start a new run")
-        for name in STATE:
-            getattr(self, name).copy_(state[name])
-        for held in self._optimiser.state.values():
-            held["step"].copy_(state["optimiser_step"])
+        for name, own in self._kept().items():
+            own.copy_(state[name])
+        self._moments.set_step(state["optimiser_step"])
         self.discard()
         self.write_back()
 
@@ -162,35 +159,22 @@ class Master:
         self.master.copy_(master)
         self.write_back()
 
-    def _adamw(self, wishes: Mapping[str, tuple[float, float]]) -> torch.optim.AdamW:
-        """One AdamW over contiguous slices that share memory with the flat buffers, one slice per distinct wish."""
-        groups = []
+    def _kept(self) -> dict[str, torch.Tensor]:
+        """All that the optimiser remembers, in place."""
+        return {"master": self.master, "optimiser_step": self.optimiser_step, **self._moments.tensors}
+
+    def _slices(self, wishes: Mapping[str, tuple[float, float]]) -> list[moments.Slice]:
+        """Contiguous slices that share memory with the flat buffers, one per distinct wish."""
+        slices = []
         for wish in sorted(set(wishes.values())):
             members = [place for place in self.places if wishes[place.name] == wish]
             whole = slice(members[0].start, members[-1].slice.stop)
             flat = torch.nn.Parameter(self.master[whole])
             flat.grad = self.grad[whole]
-            groups.append((flat, whole, wish))
-        self._lr_scales = [wish[0] for _, _, wish in groups]
-        settings = self.settings
-        optimiser = torch.optim.AdamW(
-            [{"params": [flat], "weight_decay": wish[1]} for flat, _, wish in groups],
-            betas=settings.betas, fused=_fused(self.master.device),
-        )  # fmt: skip
-        for flat, whole, _ in groups:
-            step = self.optimiser_step.clone()
-            optimiser.state[flat] = {
-                "step": step if _fused(self.master.device) else step.cpu(),
-                "exp_avg": self.exp_avg[whole],
-                "exp_avg_sq": self.exp_avg_sq[whole],
-            }
-        return optimiser
+            slices.append(moments.Slice(flat, *wish))
+        return slices
 
 
 def _wish(name: str, groups: Mapping[str, Mapping[str, float]], settings: TrainSpec) -> tuple[float, float]:
     own = groups.get(name, {})
     return float(own.get("lr_scale", 1.0)), float(own.get("weight_decay", settings.weight_decay))
-
-
-def _fused(device: torch.device) -> bool:
-    return device.type in {"cpu", "cuda", "mps", "xpu"}
