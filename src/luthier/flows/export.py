@@ -37,7 +37,7 @@ def export(run: str | Path, folder: str | Path) -> dict[str, Any]:
     after = [_logprobs(merged, ids) for ids in probes]
     differences = torch.tensor([float((a - b).abs().mean()) for a, b in zip(attached, after, strict=True)])
     agree = sum(int(a[-1].argmax() == b[-1].argmax()) for a, b in zip(attached, after, strict=True))
-    proof = {
+    proof: dict[str, Any] = {
         "probes": len(probes),
         "mean_difference": float(differences.mean()),
         "largest_difference": float(differences.max()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,8 +98,9 @@ def _torch(slices: Sequence[Slice], settings: TrainSpec) -> Moments:
 
 def _bitsandbytes(name: str, slices: Sequence[Slice], settings: TrainSpec) -> Moments:
     """AdamW of bitsandbytes; its blocks of 256 moments run over the flat slices, not over single tensors."""
-    from bitsandbytes import optim
+    from bitsandbytes import optim as optimisers
 
+    optim: Any = optimisers
     kinds = {"adamw8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw8bit": optim.PagedAdamW8bit}
     optimiser = kinds[name](_groups(slices), betas=settings.betas)
     tensors = {}
