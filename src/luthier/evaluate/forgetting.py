@@ -1,7 +1,7 @@
 """Forgetting: has the loss on general English that has nothing to do with the task risen?
 
-The text is our own (`general.txt`): forty short paragraphs on as many subjects. A tuned model that reads them worse than
-its base has paid for the task with something else.
+The text is our own (`general.txt`): forty short paragraphs on as many subjects. A tuned model that reads them worse
+than its base has paid for the task with something else.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Several tuned systems on the same rows, each from one or more seeds: scores with intervals, and who ties with the best.
+"""Several tuned systems on the same rows, each from one or more seeds: scores with intervals, and who ties.
 
-Two things vary: which rows were drawn and which seed the run had. The rows' part comes from a bootstrap over independent
-groups in which all systems see the same draws, so differences are paired; the seeds' part is the variance between runs
-over their number. Three seeds tell little of a variance, so it is pooled over the methods that have several, and never
-taken smaller than a method's own; Student's t with Satterthwaite's degrees of freedom does the rest. A method that ran
-once is lent the pooled variance; where every method ran once, the intervals know of rows only, and are said to.
+Two things vary: which rows were drawn and which seed the run had. The rows' part comes from a bootstrap over
+independent groups in which all systems see the same draws, so differences are paired; the seeds' part is the variance
+between runs over their number. Three seeds tell little of a variance, so it is pooled over the methods that have
+several, and never taken smaller than a method's own; Student's t with Satterthwaite's degrees of freedom does the rest.
+A method that ran once is lent the pooled variance; where every method ran once, the intervals know of rows only.
 
 The best is whoever scores highest here, so comparing with it looks at all pairs: p-values are Holm's over all of them.
 """

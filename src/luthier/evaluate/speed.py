@@ -1,4 +1,4 @@
-"""How fast a tuned model answers against its base: rounds in turns, medians of ratios, so that a busy machine cancels."""
+"""How fast a tuned model answers against its base: rounds in turns, so that a busy machine cancels."""
 
 from __future__ import annotations
 
