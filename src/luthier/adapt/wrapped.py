@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, ShiraConfig, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as set_state
 from peft.tuners.boft import layer as boft
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,6 +24,7 @@ from luthier.adapt import folder as files
 from luthier.adapt.folder import CONFIG, WEIGHTS
 from luthier.errors import CheckpointError, Fault, SpecError
 from luthier.model.fused import fuse
+from luthier.model.quantize import refuse_quantised
 
 
 class PeftAdapted(contracts.Adapted):
@@ -32,6 +33,7 @@ class PeftAdapted(contracts.Adapted):
     def __init__(self, wrapped: PeftModel) -> None:
         self.wrapped = wrapped
         self.model = wrapped.get_base_model()
+        self._tuner: Any = wrapped.base_model
 
     @property
     def config(self) -> PeftConfig:
@@ -46,10 +48,12 @@ class PeftAdapted(contracts.Adapted):
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the bare base."""
         learning = {name for name, p in self.wrapped.named_parameters() if p.requires_grad}
-        with self.wrapped.disable_adapter():
-            yield
-        for name, parameter in self.wrapped.named_parameters():  # PEFT frees all of an adapter's when it is back
-            parameter.requires_grad_(name in learning)
+        try:
+            with self.wrapped.disable_adapter():
+                yield
+        finally:
+            for name, parameter in self.wrapped.named_parameters():  # PEFT lets all of an adapter's learn again
+                parameter.requires_grad_(name in learning)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors by the names of the file, on the CPU; numbers with a fraction as float32."""
@@ -70,13 +74,14 @@ class PeftAdapted(contracts.Adapted):
         written = self.config.to_dict()
         written["inference_mode"] = True
         if isinstance(written.get("target_modules"), str):
-            written["target_modules"] = list(self.wrapped.base_model.targeted_module_names)
+            written["target_modules"] = list(self._tuner.targeted_module_names)
         if isinstance(written.get("exclude_modules"), str):
             written["exclude_modules"] = None
         return {key: sorted(v) if isinstance(v, set) else v for key, v in written.items()}
 
     def merge(self) -> Any:
-        """Fold the adapter into the base for good and return the plain model."""
+        """Fold the adapter into the base for good and return the plain model; SpecError on a quantised base."""
+        refuse_quantised(self.model, "merging", "`luthier export` dequantises the base first, or serve it attached")
         with _quiet():
             plain = self.wrapped.merge_and_unload(safe_merge=True)
         return _forget(plain)
@@ -98,18 +103,15 @@ def attach(model: Any, config: PeftConfig, *, seed: int, made: Made = PeftAdapte
     (performance section 3); the optimiser keeps the float32 master. SpecError, and the base as it was, where PEFT
     finds the settings impossible for this base.
     """
-    if getattr(boft, "_FBD_CUDA", False) is None:
-        boft._FBD_CUDA = False  # else PEFT compiles C++ at the first layer; its torch path gives the same values
+    _calm()
+    if _is_meta(model) and isinstance(config, ShiraConfig):
+        config.mask_fn = None  # which entries is drawn; how many is all that a plan asks
     with drawn_from(seed, model), _quiet():
         try:
             wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
         except (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError, IndexError) as error:
             unwrap(model)
-            raise SpecError(
-                f"PEFT cannot put {config.peft_type} on this base: {error}",
-                where="method",
-                remedy="other options, or a method that fits this base",
-            ) from error
+            raise _impossible(model, config, error) from error
         _keep_dtype(wrapped, model)
     adapted = made(wrapped)  # type: ignore[arg-type]
     if not adapted.trainable():
@@ -117,6 +119,15 @@ def attach(model: Any, config: PeftConfig, *, seed: int, made: Made = PeftAdapte
         raise SpecError("the method found nothing to train in this model", where="method.target_modules")
     fuse(adapted.model)
     return adapted
+
+
+def configure(kind: str, **settings: Any) -> PeftConfig:
+    """Make PEFT's configuration of a type; SpecError where its class refuses the settings together."""
+    try:
+        with _quiet():
+            return allow.config_class(kind)(task_type="CAUSAL_LM", **settings)
+    except (ValueError, TypeError) as error:
+        raise SpecError(f"PEFT's {kind} refuses these options: {error}", where="method") from error
 
 
 def load(model: Any, folder: Path, *, made: Made = PeftAdapted) -> PeftAdapted:
@@ -160,6 +171,28 @@ def unwrap(model: Any) -> None:
     _forget(model)
 
 
+def _impossible(model: Any, config: PeftConfig, error: Exception) -> SpecError:
+    kind = str(config.peft_type).rpartition(".")[2]
+    if _is_meta(model):
+        what = f"the shapes of {kind} follow from the base's weights, which a plan does not read"
+        return SpecError(what, where="method", remedy="train to find out, or plan another method")
+    what = f"PEFT cannot put {kind} on this base: {error}"
+    return SpecError(what, where="method", remedy="other options, or a method that fits this base")
+
+
+def _is_meta(model: Any) -> bool:
+    return any(p.device.type == "meta" for p in model.parameters())
+
+
+def _calm() -> None:
+    """Say once what PEFT would ask for again and again."""
+    if boft._FBD_CUDA is None:  # else PEFT compiles C++ at BOFT's first layer; its torch path gives the same values
+        boft._FBD_CUDA = False  # type: ignore[assignment]
+    invariants = torch.sparse.check_sparse_tensor_invariants
+    if not invariants.is_enabled():  # as it is; saying so silences torch, which warns where nothing was said
+        invariants.disable()
+
+
 def _forget(model: Any) -> Any:
     """Take off the mark that PEFT leaves, which would make it warn of a second adapter."""
     with suppress(AttributeError):
@@ -184,17 +217,28 @@ def _require_indices(
     """Raise CheckpointError for positions outside a layer's matrix: torch would read beyond its memory."""
     found = []
     for name, own in expected.items():
-        if own.is_floating_point():
-            continue
-        layer = adapted.wrapped.get_submodule(name.rpartition(".")[0])
-        sizes = torch.tensor(layer.get_base_layer().weight.shape)[:, None]
         given = tensors[name]
-        if given.is_floating_point() or own.dim() != 2 or len(sizes) != len(given):
-            found.append(Fault(name, "does not hold positions in this layer's matrix"))
-        elif bool((given < 0).any()) or bool((given >= sizes).any()):
-            found.append(Fault(name, f"holds positions outside a matrix of {sizes.flatten().tolist()}"))
+        if given.is_floating_point() != own.is_floating_point():
+            found.append(Fault(name, f"holds {given.dtype}, this adapter needs {own.dtype}"))
+        elif not own.is_floating_point() and not torch.equal(given, own) and not _are_positions(adapted, name, given):
+            found.append(Fault(name, "holds positions outside its matrix"))
     if found:
         raise CheckpointError(f"{folder}: does not fit this base", faults=found[:20])
+
+
+def _are_positions(adapted: PeftAdapted, name: str, given: torch.Tensor) -> bool:
+    """Whether integers are flat (n,) or (row, column) (2, n) positions in the matrix of the layer that owns them."""
+    try:
+        layer: Any = adapted.wrapped.get_submodule(name.rpartition(".")[0])
+        shape = torch.tensor(layer.get_base_layer().weight.shape)
+    except AttributeError:
+        return False  # shared by layers: these must be the very ones that the configuration's seed gives
+    ends = shape.prod() if given.dim() == 1 else shape[:, None]
+    return (
+        given.dim() in (1, 2)
+        and len(given) in (len(shape), given.numel())
+        and bool(((given >= 0) & (given < ends)).all())
+    )
 
 
 @contextmanager
