@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -72,3 +73,9 @@ def test_an_unknown_method_gets_a_suggestion(capsys):
         cli.main(["methods", "loraa"])
     assert ended.value.code == 2
     assert "did you mean 'lora'" in capsys.readouterr().err
+
+
+def test_the_documentation_shows_the_shelf_as_it_is():
+    """`luthier methods --markdown` writes the table of docs/methods.md."""
+    told = (Path(__file__).parents[1] / "docs" / "methods.md").read_text("utf-8")
+    assert flow.markdown(flow.table()) in told

@@ -140,6 +140,7 @@ def init(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method, in plain words", metavar="[NAME]")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="the table as Markdown")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the ways of tuning, or tell about one."""
@@ -148,6 +149,8 @@ def methods(
     told = flow.page(name) if name else flow.table()
     if as_json:
         dump(told)
+    elif markdown and isinstance(told, list):
+        print(flow.markdown(told))
     elif isinstance(told, dict):
         flow.print_page(told, out())
     else:

@@ -135,6 +135,22 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     console.print("luthier methods NAME tells one of them in plain words; method peft opens the rest of PEFT's shelf.")
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table for the documentation."""
+    lines = ["| method | what learns | learns | saved | merges | rate | paper |", "| - | - | - | - | - | - | - |"]
+    family = ""
+    for one in rows:
+        if one["family"] != family:
+            family = one["family"]
+            lines.append(f"| **{family}** | | | | | | |")
+        cells = (
+            f"`{one['name']}`", one["trains"], share_words(one["share"]), size_words(one["saved_bytes"]),
+            "yes" if one["merges"] else "no", f"{one['learning_rate']:g}", arxiv(one["source"]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def arxiv(source: str) -> str:
     """The paper's id in a source line, or nothing."""
     found = re.search(r"\d{4}\.\d{5}", source)
