@@ -27,6 +27,7 @@ from luthier.model.soft import Soft, cache_name, put_on, soft_of, take_off
 from luthier.text.tokenizer import VOCABULARY, Tokenizer
 
 TENSOR = "prompt_embeddings"
+COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"  # PEFT's names of a task's two thin matrices
 COMMON_TOKENS = 5_000  # first values are drawn from the vocabulary's first tokens, its most frequent ones (2104.08691)
 LARGEST = 4_096  # tokens of a prompt that a folder may ask for
 PREFIX = "PREFIX_TUNING"
@@ -270,6 +271,52 @@ def text_ids(model: Any, tokens: int, text: str) -> torch.Tensor:
     if len(ids) > tokens:
         raise SpecError(f"is {len(ids)} tokens long", where="method.text", remedy=f"set tokens: {len(ids)}")
     return torch.tensor([ids[place % len(ids)] for place in range(tokens)])
+
+
+def source(model: Any, folder: Path) -> torch.Tensor:
+    """A learned prompt (tokens, hidden) to start another one from; CheckpointError where it does not fit this base.
+
+    A folder of PEFT's multitask prompt tuning gives the prompt that its tasks share, times the mean of their matrices
+    (PEFT's AVERAGE_SOURCE_TASKS).
+    """
+    tensors = files.read_tensors(folder / WEIGHTS)
+    tokens, tasks, ranks = (_length(tensors, *place) for place in ((TENSOR, 0), (ROWS, 0), (ROWS, 1)))
+    hidden = model.get_input_embeddings().weight.shape[1]
+    expected: dict[str, tuple[int, ...]] = {TENSOR: (tokens, hidden)}
+    if ROWS in tensors or COLUMNS in tensors:
+        expected |= {COLUMNS: (tasks, tokens, ranks), ROWS: (tasks, ranks, hidden)}
+    files.require_fit(folder, tensors, expected)
+    prompt = tensors[TENSOR].float()
+    if ROWS in tensors:
+        prompt = prompt * (tensors[COLUMNS].float().mean(0) @ tensors[ROWS].float().mean(0))
+    return prompt.to(model.device)
+
+
+def _length(tensors: dict[str, torch.Tensor], name: str, axis: int) -> int:
+    """A tensor's length along an axis; at least 1, so that what is empty or flat does not fit."""
+    shape = tensors[name].shape if name in tensors else ()
+    return max(1, shape[axis]) if len(shape) > axis else 1
+
+
+def factored(model: Any, start: torch.Tensor, rank: int) -> Encoded:
+    """PEFT's multitask prompt for one task: `start` (tokens, hidden) times a matrix of `rank` that begins as ones.
+
+    The first factors are ones; further ones begin with zero rows and random columns, as LoRA's B and A.
+    """
+    from peft import MultitaskPromptTuningConfig
+    from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
+
+    tokens, hidden = start.shape
+    config = MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=tokens, token_dim=hidden, num_transformer_submodules=1,
+        num_ranks=rank, num_tasks=1,
+    )  # fmt: skip
+    encoder = MultitaskPromptEmbedding(config, model.get_input_embeddings())
+    with torch.no_grad():
+        encoder.prefix_task_rows.zero_()
+        encoder.prefix_task_rows[:, 0] = encoder.prefix_task_cols[..., 0] = 1.0
+        encoder.embedding.weight = nn.Parameter(start.float())
+    return Encoded(encoder, tokens, task_ids=torch.zeros(1, dtype=torch.long, device=model.device))
 
 
 @torch.no_grad()
