@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,13 @@ NESTED = 256  # 4-bit constants that share one constant of their own
 LARGEST_INT8 = 127.0
 DEVICES = ("cpu", "cuda")
 MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
+# PEFT's types whose layers take the base's own product: on a quantised base they equal the same adapter on the
+# dequantised one (tests). Others read the packed weights as if they were numbers, which fails late or, with int8 and
+# square matrices, not at all.
+PEFT_TYPES = {
+    "ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS", "OFT",
+    "RANDLORA", "ROAD", "VBLORA", "VERA",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,23 @@ def refuse_quantised(model: Any, what: str, remedy: str = "") -> None:
             where="quantize",
             remedy=remedy or "quantize: none, or method: lora, which leaves the base's matrices as they are",
         )
+
+
+def require_tolerated(model: Any, peft_type: str | None) -> None:
+    """Raise SpecError where a base is quantised and PEFT's layers of this type would not compute with its product."""
+    kind = str(peft_type).rpartition(".")[2]
+    if kind not in PEFT_TYPES:
+        refuse_quantised(model, f"PEFT's {kind}")
+
+
+@contextmanager
+def unmarked(model: Any) -> Iterator[None]:
+    """Inside, the model does not say that it is quantised, for code that refuses by the mark alone."""
+    marks = {mark: vars(model).pop(mark) for mark in MARKS if mark in vars(model)}
+    try:
+        yield
+    finally:
+        vars(model).update(marks)
 
 
 class _Int8Product(torch.autograd.Function):
