@@ -41,7 +41,7 @@ PEFT_TYPES = {
 
 @dataclass(frozen=True)
 class Bits:
-    """What is really kept, per parameter. Look-up tables, one and the same for every matrix, count for the whole."""
+    """What is really kept, per parameter. Look-up tables, a kilobyte a matrix at most, count for the whole."""
 
     matrices: float  # bits per parameter of the quantised matrices: packed weights and their constants
     whole: float  # bits per parameter of the whole model
@@ -115,16 +115,9 @@ def quantise(model: Any, asked: QuantizeSpec) -> Any:
 
 
 def steady(model: Any) -> Any:
-    """Let every quantised matrix compute the same in training and in use (see the module's text); return the model.
-
-    Look-up tables, of which bitsandbytes gives each matrix its own copy, become one.
-    """
-    tables: dict[Any, torch.Tensor] = {}
+    """Let every quantised matrix compute the same in training and in use (see the module's text); return the model."""
     for module in layers(model).values():
         if type(module.weight).__name__ == FOUR_BIT:
-            state = module.weight.quant_state
-            for holder in (state, state.state2) if state.nested else (state,):
-                holder.code = tables.setdefault((holder.code.device, *holder.code.tolist()), holder.code)
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype = module.compute_dtype or model.dtype
             module.compute_type_is_set = True
