@@ -435,6 +435,14 @@ def test_a_base_that_makes_more_of_its_ids_is_refused():
         attached(base=base, name="prompt")
 
 
+def test_dropout_is_not_taken_for_it():
+    base = network("gpt2").train()
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    assert attached(base=base, name="prompt").trainable()
+
+
 # ---------------------------------------------------------------- folders
 
 

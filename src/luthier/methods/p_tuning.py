@@ -37,13 +37,13 @@ class PTuning(contracts.Method):
         text=(
             "Prompt tuning whose rows are not learned one by one but made by a network that learns, so that they move "
             "together and at an ordinary learning rate. The network is thrown away after training: the folder holds "
-            "the prompt alone, some thousand times less than what was trained. It starts from noise, and so changes "
-            "the base's answers from the first step on."
+            "the prompt alone, on a small base about a hundredth of what was trained. It starts from noise, and so "
+            "changes the base's answers from the first step on."
         ),
         folklore=(
             (
                 "what trains is what is kept",
-                "here millions of numbers train and some ten thousand are kept",
+                "here a million numbers train and some ten thousand are kept",
             ),
         ),
     )
