@@ -53,6 +53,10 @@ SAME = {
     "alpaca": {"instruction": "q", "input": "", "output": "a"},
     "alpaca without input": {"instruction": "q", "output": "a"},
     "alpaca with its own rendering": {"instruction": "q", "input": "", "output": "a", "text": "### Instruction: q"},
+    "oasst": {
+        "message_tree_id": "1",
+        "prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": "a"}]},
+    },
     "prompt_completion": {"prompt": "q", "completion": "a"},
     "prompt_completion of turns": {
         "prompt": [{"role": "user", "content": "q"}],

@@ -60,7 +60,7 @@ class DataSpec(_Part):
     dev: float | list[str] = Field(0.15, description="share of train, or files: steers training and error browsing")
     test: float | list[str] = Field(0.15, description="share of train, or files: judged once, at the end")
     format: str | None = Field(
-        None, description="messages, sharegpt, alpaca, prompt_completion, qa, text, preference; else detected"
+        None, description="messages, sharegpt, alpaca, prompt_completion, qa, text, preference, oasst; else detected"
     )
     columns: dict[str, str] | None = Field(None, description="{prompt: my_question_column, answer: my_answer_column}")
     tags: list[str] = Field(default_factory=list, description="columns to keep for slices of the report")

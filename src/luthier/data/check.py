@@ -292,6 +292,9 @@ def _skipped(files: Sequence[FileInfo], faults: Sequence[Fault]) -> Iterator[Fin
         what = f"{skipped} of {rows + skipped} rows are bad and left out (data.on_bad: skip)"
         yield Finding(severity, "skipped", what, tuple(map(str, faults[:SHOWN])), "mend them to use them", skipped)
     for info in files:
+        if info.passed_over:
+            what = f"{info.path}: {info.passed_over} replies were deleted, refused or spam, and are passed over"
+            yield Finding(NOTE, "passed_over", what)
         if info.unused:
             what = f"{info.path}: columns that play no part: {', '.join(info.unused[:12])}"
             yield Finding(NOTE, "unused_columns", what, remedy="name one in data.tags to slice the report by it")

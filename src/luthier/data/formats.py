@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from luthier.data import preferences
+from luthier.data import oasst, preferences
 from luthier.data.columns import ANSWERS, CONTEXTS, METADATA, QUESTIONS, guess, written
 from luthier.data.turns import Problems, check_text, conversation, kind, tools_of
 from luthier.errors import Fault
 from luthier.records import Example, Message, Origin
 from luthier.registry import suggestion
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "qa", "text", "preference")
+FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "qa", "text", "preference", "oasst")
 COLUMNS = ("prompt", "answer", "system", "rejected")
 ONE_ROW = 'one row a line, such as {"prompt": "...", "answer": "..."}'
 
@@ -108,7 +108,7 @@ def _by_names(
     lower = {str(key).strip().lower(): key for key in row}
     for name, find in _FIND.items():
         if format in (None, name) and (fields := find(lower, row)):
-            if name not in ("preference", "text"):
+            if name not in ("preference", "text", "oasst"):
                 _refuse_unpaired(lower, row)
             return Layout(name, fields)
     if format == "qa" or format is None:
@@ -204,6 +204,7 @@ def _listed(names: Any) -> str:
 
 
 _FIND = {
+    "oasst": oasst.fields,
     "preference": _preference,
     "messages": _messages,
     "sharegpt": _sharegpt,
@@ -251,6 +252,7 @@ def _read_preference(row: Mapping[str, Any], fields: Mapping[str, str], problems
 
 
 _READ = {
+    "oasst": oasst.read,
     "messages": _read_messages,
     "sharegpt": _read_messages,
     "alpaca": _read_alpaca,

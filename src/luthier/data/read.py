@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from luthier import registry, store
 from luthier.contracts import Source
-from luthier.data import formats
+from luthier.data import formats, oasst
 from luthier.data.encoding import BROKEN, detect, known, suffix
 from luthier.errors import DataError, Fault, LuthierError
 from luthier.records import Example, Origin, Row
@@ -33,6 +33,7 @@ class FileInfo:
     skipped: int
     sha256: str
     unused: tuple[str, ...] = ()  # columns that play no part
+    passed_over: int = 0  # replies of conversation trees that were deleted, refused or spam
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"unused": list(self.unused)}
@@ -77,6 +78,7 @@ class File:
         self.encoding = known(parsing.encoding) if parsing.encoding else detected(self.path)
         self.layout: formats.Layout | None = None
         self.unclear = False  # no layout fits its rows
+        self.passed_over = 0  # replies of conversation trees that are not to be learnt from
 
     def rows(self, start: int = 0) -> Iterator[Row | Fault]:
         """Raw rows and faults from a cursor on."""
@@ -112,6 +114,8 @@ class File:
                 return [Fault(str(row.origin), error.what, error.remedy)]
         assert self.layout is not None
         origin, asked = Origin(self.name, row.origin.line), self.parsing
+        if self.layout.name == "oasst":
+            self.passed_over += oasst.passed_over(row.value, self.layout.fields)
         return formats.parse(
             row.value, self.layout, origin, tags=asked.tags, system=asked.system, where=str(row.origin)
         )
@@ -229,6 +233,7 @@ def _read_file(file: File, dataset: Dataset, hopeless: list[Fault]) -> None:
             len(bad),
             store.sha256_file(file.path),
             file.layout.unused,
+            file.passed_over,
         )
     )
 

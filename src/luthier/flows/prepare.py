@@ -316,6 +316,8 @@ def _file(info: FileInfo) -> dict[str, Any]:
     }
     if info.skipped:
         told["skipped"] = info.skipped
+    if info.passed_over:
+        told["passed_over"] = info.passed_over
     if info.unused:
         told["unused_columns"] = ", ".join(info.unused)
     return told
