@@ -97,7 +97,7 @@ class Embeddings(contracts.Method):
             from luthier.text.tokenizer import Tokenizer
 
             place = Path(str(model.config.name_or_path))
-            if not place.is_dir():
+            if not (model.config.name_or_path and place.is_dir()):
                 raise SpecError("texts need the base's tokenizer", where="method.tokens", remedy="give ids instead")
             tokenizer = Tokenizer.from_folder(place)
             found |= {number for text in texts for number in tokenizer.encode(text)}
