@@ -133,3 +133,70 @@ def test_files_are_read_and_what_is_passed_over_is_counted(tmp_path: Path) -> No
     assert len(dataset.examples) == 2
     (info,) = dataset.files
     assert (info.format, info.rows, info.skipped, info.passed_over) == ("oasst (tree = prompt)", 2, 1, 2)
+
+
+# --- the recipe that reads them ----------------------------------------------------------------------------------
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+THINGS = ("roses", "a boat", "bread", "a bicycle", "tea", "a fence", "a letter", "soup", "a map", "a song", "a lamp")
+
+
+def trees(path: Path, count: int = 66) -> Path:
+    """Hand-written trees in which the second reply is the better one; every seventh has no answer."""
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for index in range(count):
+            thing = f"{THINGS[index % 11]} of kind {index}"
+            good = said(
+                f"To make {thing}, begin early.", asked("And then?", said(f"Rest; {thing} takes time.")), rank=0
+            )
+            replies = [] if index % 7 == 6 else [said("No.", rank=1), good]
+            file.write(json.dumps(tree(asked(f"How does one make {thing}?", *replies))) + "\n")
+    return path
+
+
+def test_every_recipe_is_run_by_a_test() -> None:
+    assert {path.name for path in RECIPES.glob("*.yaml")} == {"guanaco.yaml"}
+    told = (RECIPES / "README.md").read_text("utf-8")
+    assert all(f"({path.name})" in told for path in RECIPES.glob("*.yaml"))
+
+
+def test_guanaco_runs_on_the_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    from luthier import cli, store
+
+    path = trees(tmp_path / "own.trees.jsonl.gz")
+    wishes = ["model=tiny", f"data.train={path}", f"runs={tmp_path / 'runs'}", "train.max_steps=3",
+              "evaluate.max_new_tokens=8", "method.rank=4", "data.dev=0.15", "data.test=0.15"]  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", str(RECIPES / "guanaco.yaml"), *wishes])
+    out, err = capsys.readouterr()
+    assert not end.value.code, err
+    assert "runs as adamw" in out + err and "bits a weight" in out + err
+    run = store.Run(tmp_path / "runs" / "guanaco")
+    report = store.read_json(run.report)
+    assert report["provenance"]["quantize"]["name"] == "nf4"
+    assert json.loads((run.adapter / "luthier.json").read_text())["quantize"]["double"] is True
+    kept = store.read_json(run.record)["training"]
+    assert kept["steps"] == 3 and kept["best_dev_loss"] is not None
+
+
+def test_guanacos_settings_are_the_papers() -> None:
+    from luthier import spec
+
+    asked_for = spec.load(RECIPES / "guanaco.yaml")
+    assert asked_for.method == {
+        "name": "lora", "rank": 64, "alpha": 16, "dropout": 0.1, "target_modules": "all-linear",
+    }  # fmt: skip
+    assert (asked_for.quantize.name, asked_for.quantize.double) == ("nf4", True)
+    settings = asked_for.train
+    assert (settings.learning_rate, settings.schedule, settings.warmup) == (2e-4, "constant", 0.0)
+    assert (settings.betas, settings.clip, settings.optimizer) == ((0.9, 0.999), 0.3, "paged_adamw")
+    text = (RECIPES / "guanaco.yaml").read_text("utf-8")
+    assert "9,209" in text and "9,846" in text
+    for size, layers, hidden, inner in (
+        (7, 32, 4096, 11008),
+        (13, 40, 5120, 13824),
+        (33, 60, 6656, 17920),
+        (65, 80, 8192, 22016),
+    ):
+        gigabytes = layers * (4 * hidden**2 + 3 * hidden * inner) * 4.127 / 8 / 1e9
+        assert f"#   {size}B" in text and f"{gigabytes:.1f} GB" in text

@@ -18,7 +18,7 @@ from luthier.errors import SpecError, UsageError
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(
     path
-    for folder in ("demo", "examples", "bench", "docs")
+    for folder in ("demo", "examples", "bench", "docs", "recipes")
     for path in (ROOT / folder).rglob("*.yaml")
     if "\nmodel:" in "\n" + path.read_text("utf-8")
 )
