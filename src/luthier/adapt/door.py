@@ -6,7 +6,7 @@ Nothing here needs torch: a task that names a type is checked before anything is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -56,7 +56,7 @@ OPEN: Mapping[str, Entry] = {
     "OSF": Entry(5e-5, (5e-6, 5e-4), fresh=ROUNDING),
     "PEANUT": Entry(1e-3, (5e-5, 5e-3)),
     "PSOFT": Entry(1e-3, (1e-4, 1e-2)),
-    "RANDLORA": Entry(1e-3, (1e-4, 1e-2), own="randlora"),
+    "RANDLORA": Entry(1e-3, (1e-4, 1e-2), defaults={"save_projection": False}, own="randlora"),
     "ROAD": Entry(1e-3, (1e-4, 1e-2), divides="group_size", own="road"),
     "SHIRA": Entry(1e-3, (1e-4, 1e-2), own="shira"),
     "SUPERTUNING": Entry(1e-3, (1e-4, 1e-2)),
@@ -87,3 +87,17 @@ REFUSED: Mapping[str, str] = {
 def names() -> tuple[str, ...]:
     """All of PEFT's types, sorted."""
     return tuple(sorted({*OPEN, *REFUSED}))
+
+
+# Parts of the names of parameters that begin at the base's own lengths, factors or rows: decay would pull the model
+# away from its base, towards zero.
+AT_HOME = (
+    "boft_s.", "deft_", "delora_lambda", "frod_lambda_l", "ia3_l", "ln_tuning_layers", "lora_magnitude_vector",
+    "osf_svd_params", "randlora_gamma", "road_alpha", "trainable_tokens", "vector_a", "vector_b", "vera_lambda_d",
+    ".learning",
+)  # fmt: skip
+
+
+def undecayed(names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """No weight decay for parameters that do not begin at zero or noise."""
+    return {name: {"weight_decay": 0.0} for name in names if any(part in name for part in AT_HOME)}

@@ -22,11 +22,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN = "LUTHIER_"  # what the peft_type of our own engines begins with
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write both files into an existing folder; tensors keep their dtype and go to the CPU."""
+def write(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str] | None = None
+) -> None:
+    """Write both files into an existing folder; tensors keep their dtype and go to the CPU; notes are metadata."""
     store.write_json(folder / CONFIG, dict(config))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt", **(notes or {})})
 
 
 def own_config(engine: str, model: Any, **settings: Any) -> dict[str, Any]:
@@ -63,6 +65,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError("is missing", where=str(path)) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"is not a readable safetensors file ({error})", where=str(path)) from error
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_tensors` could read."""
+    with safe_open(path, framework="pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def require_fit(folder: Path, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,7 +7,7 @@ layers in it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from peft.tuners.boft import layer as boft
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from luthier import contracts, store
-from luthier.adapt import allow
+from luthier.adapt import allow, drawn
 from luthier.adapt import folder as files
 from luthier.adapt.folder import CONFIG, WEIGHTS
-from luthier.errors import CheckpointError, Fault, SpecError
+from luthier.errors import LuthierError, SpecError
 from luthier.model.fused import fuse
-from luthier.model.quantize import refuse_quantised
+from luthier.model.quantize import refuse_quantised, require_tolerated, unmarked
 
 
 class PeftAdapted(contracts.Adapted):
@@ -67,7 +67,7 @@ class PeftAdapted(contracts.Adapted):
 
     def save(self, folder: Path) -> None:
         """Write PEFT's two files. Saving asks no hub and pickles nothing."""
-        files.write(folder, self.settings(), self.tensors())
+        files.write(folder, self.settings(), self.tensors(), drawn.notes(self.wrapped))
 
     def settings(self) -> dict[str, Any]:
         """The configuration as it is written: regular expressions have become the names that they matched."""
@@ -88,7 +88,7 @@ class PeftAdapted(contracts.Adapted):
 
     def detach(self) -> Any:
         """Take the adapter off and return the plain base, unchanged."""
-        with _quiet():
+        with _quiet(), unmarked(self.model):  # PEFT takes (IA)^3's unload for a merge and refuses it
             plain = self.wrapped.unload()
         return _forget(plain)
 
@@ -104,8 +104,9 @@ def attach(model: Any, config: PeftConfig, *, seed: int, made: Made = PeftAdapte
     finds the settings impossible for this base.
     """
     _calm()
+    require_tolerated(model, config.peft_type)
     if _is_meta(model) and isinstance(config, ShiraConfig):
-        config.mask_fn = None  # which entries is drawn; how many is all that a plan asks
+        config.mask_fn = None  # type: ignore[assignment]  # which entries is drawn; how many is all that a plan asks
     with drawn_from(seed, model), _quiet():
         try:
             wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -113,7 +114,11 @@ def attach(model: Any, config: PeftConfig, *, seed: int, made: Made = PeftAdapte
             unwrap(model)
             raise _impossible(model, config, error) from error
         _keep_dtype(wrapped, model)
-    adapted = made(wrapped)  # type: ignore[arg-type]
+        try:
+            adapted = made(wrapped)  # type: ignore[arg-type]
+        except LuthierError:
+            unwrap(model)
+            raise
     if not adapted.trainable():
         adapted.detach()
         raise SpecError("the method found nothing to train in this model", where="method.target_modules")
@@ -138,7 +143,8 @@ def load(model: Any, folder: Path, *, made: Made = PeftAdapted) -> PeftAdapted:
     try:
         expected = adapted.tensors()
         files.require_fit(folder, tensors, {name: tuple(t.shape) for name, t in expected.items()})
-        _require_indices(folder, adapted, tensors, expected)
+        drawn.require_indices(folder, adapted.wrapped, tensors, expected)
+        drawn.require_same(folder, adapted.wrapped)
         with _quiet():
             set_state(adapted.wrapped, dict(tensors))
     except Exception:
@@ -209,36 +215,6 @@ def _keep_dtype(wrapped: Any, model: Any) -> None:
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(dtype)
-
-
-def _require_indices(
-    folder: Path, adapted: PeftAdapted, tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> None:
-    """Raise CheckpointError for positions outside a layer's matrix: torch would read beyond its memory."""
-    found = []
-    for name, own in expected.items():
-        given = tensors[name]
-        if given.is_floating_point() != own.is_floating_point():
-            found.append(Fault(name, f"holds {given.dtype}, this adapter needs {own.dtype}"))
-        elif not own.is_floating_point() and not torch.equal(given, own) and not _are_positions(adapted, name, given):
-            found.append(Fault(name, "holds positions outside its matrix"))
-    if found:
-        raise CheckpointError(f"{folder}: does not fit this base", faults=found[:20])
-
-
-def _are_positions(adapted: PeftAdapted, name: str, given: torch.Tensor) -> bool:
-    """Whether integers are flat (n,) or (row, column) (2, n) positions in the matrix of the layer that owns them."""
-    try:
-        layer: Any = adapted.wrapped.get_submodule(name.rpartition(".")[0])
-        shape = torch.tensor(layer.get_base_layer().weight.shape)
-    except AttributeError:
-        return False  # shared by layers: these must be the very ones that the configuration's seed gives
-    ends = shape.prod() if given.dim() == 1 else shape[:, None]
-    return (
-        given.dim() in (1, 2)
-        and len(given) in (len(shape), given.numel())
-        and bool(((given >= 0) & (given < ends)).all())
-    )
 
 
 @contextmanager

@@ -7,11 +7,6 @@ from typing import Any
 from pydantic import Field
 
 from luthier import contracts
-from luthier.errors import SpecError
-
-# Names that model families give to the layers whose outputs (keys, values) or inputs (down) are scaled.
-KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "query_key_value", "c_attn", "qkv_proj")
-DOWN = ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "wo")
 
 
 class Options(contracts.Options):
@@ -34,9 +29,9 @@ class IA3(contracts.Method):
         source="Liu et al. 2022, arXiv 2205.05638",
         sites=("kv_factors", "mlp_factors"),
         text=(
-            "Each channel of the keys, the values and the feed-forward's inner layer gets one number that it is multiplied "
-            "by; all start at one. Some ten thousand numbers are enough to tune a small model, and they fold into the "
-            "weights. It wants a learning rate ten times LoRA's."
+            "Each channel of the keys, the values and the feed-forward's inner layer gets one number that it is "
+            "multiplied by; all start at one. Some ten thousand numbers are enough to tune a small model, and they "
+            "fold into the weights. It wants a learning rate ten times LoRA's."
         ),
         folklore=(
             (
@@ -50,18 +45,9 @@ class IA3(contracts.Method):
         """Put fresh factors on the model through PEFT; raise SpecError when no fitting layer is found."""
         from peft import IA3Config
 
-        from luthier.adapt import wrapped
+        from luthier.adapt import targets, wrapped
 
-        inner = [name for name, _ in model.named_modules() if name.count(".") > 1]  # inside blocks, not the head
-        leaves = {name.rsplit(".", 1)[-1] for name in inner}
-        outputs = self.options.target_modules or [name for name in KEYS_VALUES if name in leaves]
-        inputs = self.options.feedforward_modules or [name for name in DOWN if name in leaves]
-        if not outputs or not inputs:
-            raise SpecError(
-                "no keys, values or feed-forward layers found by name",
-                where="method.target_modules",
-                remedy=f"name them; this model has: {', '.join(sorted(leaves))}",
-            )
+        outputs, inputs = targets.factors(model, self.options.target_modules, self.options.feedforward_modules)
         config = IA3Config(task_type="CAUSAL_LM", target_modules=[*outputs, *inputs], feedforward_modules=inputs)
         return wrapped.attach(model, config, seed=seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -94,3 +95,7 @@ class Peft(contracts.Method):
         from luthier.adapt import shelf
 
         return shelf.attach(model, self.options.type, self.options.options, seed=seed, evidence=evidence)
+
+    def groups(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Decay only what begins at zero or noise."""
+        return door.undecayed(names)
