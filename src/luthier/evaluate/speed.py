@@ -22,12 +22,12 @@ def seconds(model: Any, prompts: Sequence[Sequence[int]], tokens: int = TOKENS) 
 
 
 def against(
-    base: Any, other: Any, prompts: Sequence[Sequence[int]], *, rounds: int = ROUNDS, tokens: int = TOKENS
+    base: Any, other: Any, prompts: Sequence[Sequence[int]], *, rounds: int | None = None, tokens: int = TOKENS
 ) -> dict[str, float]:
     """Tokens a second of `other` as a share of the base's: the median over rounds that begin with either in turn."""
     seconds(base, prompts, tokens), seconds(other, prompts, tokens)  # the first calls choose kernels
     pairs = []
-    for turn in range(rounds):
+    for turn in range(rounds or ROUNDS):
         first, second = (base, other) if turn % 2 == 0 else (other, base)
         one, two = seconds(first, prompts, tokens), seconds(second, prompts, tokens)
         pairs.append((one, two) if turn % 2 == 0 else (two, one))

@@ -20,6 +20,7 @@ from luthier.training import budget
 from luthier.training.budget import Closing, Cost, Shape
 
 ROOM = 0.95  # of a budget that is planned; the rest is for what no plan foresees
+RICHEST = 6  # rates of a search that lacks no time
 OVERRUN = 1.1  # further seeds are given up where they would end beyond this share of the budget
 
 
@@ -148,6 +149,8 @@ def given_up(shape: Shape, full: int, seeds: int) -> list[str]:
     told = []
     if shape.rates == 1:
         told.append("The budget allowed no search: every method ran at its own default learning rate.")
+    elif shape.rates < RICHEST:
+        told.append(f"The budget allowed {shape.rates} learning rates a method, {RICHEST} with more time.")
     if shape.full < full:
         told.append(f"The budget allowed runs of {shape.full} of the task's {full} steps.")
     if shape.seeds < seeds:

@@ -17,6 +17,7 @@ from luthier.training.budget import Closing, Cost
 
 TIMED_STEPS = 4  # after one that chooses kernels
 SAMPLED_ANSWERS = 32
+MEMORY_SHARE = 0.1  # of a budget that measuring memory may take
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,30 @@ class Measured:
 
 
 def method(bench: Bench, label: str, options: Mapping[str, Any], tell: Listener) -> Measured:
-    """Attach a method, time some steps and a look at the dev rows, and measure its memory in a process of its own."""
+    """Time a method; one that cannot be used on this base is left out, with the reason."""
     try:
-        cost = timed(bench, label, options, tell)
-        tell(Stage("measure", f"{label}: its memory, in a process of its own"))
-        return Measured(cost, probe.peak_memory(bench, _short(bench, options)))
-    except LuthierError as error:
+        return Measured(timed(bench, label, options, tell))
+    except (LuthierError, ValueError) as error:  # PEFT refuses names of layers with a ValueError
         tell(Note(f"{label} is left out: {error}", "warning"))
         return Measured(None, why=str(error))
+
+
+def memories(
+    bench: Bench, methods: Mapping[str, Mapping[str, Any]], budget: float | None, tell: Listener
+) -> dict[str, int | None]:
+    """Peak bytes of each method in a process of its own; none of them where that takes too much of a short budget."""
+    found: dict[str, int | None] = {}
+    for label, options in methods.items():
+        tell(Stage("measure", f"{label}: its memory, in a process of its own"))
+        began = time.monotonic()
+        try:
+            found[label] = probe.peak_memory(bench, _short(bench, options))
+        except LuthierError as error:
+            tell(Note(f"the memory of {label} is not known: {error}", "warning"))
+            found[label] = None
+        if budget is not None and (time.monotonic() - began) * len(methods) > MEMORY_SHARE * budget:
+            return dict.fromkeys(methods)
+    return found
 
 
 def closing(bench: Bench, judge: Judge) -> Closing:

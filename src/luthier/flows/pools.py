@@ -40,7 +40,8 @@ class Here:
     def run(self, trials: Mapping[Name, Trial], tell: Listener) -> Iterator[tuple[Name, Result]]:
         """Run trials in their order."""
         for name, trial in trials.items():
-            tell(Stage("trial", trial.words))
+            if self._bench.kept(trial) is None:
+                tell(Stage("trial", trial.words))
             yield name, self._bench.run(trial, tell)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ from luthier.flows.study_screen import print_study
 from luthier.flows.trials import WORTH_SAVING, Bench, Trial
 from luthier.spec import RunSpec
 from luthier.training import budget as budgets
-from luthier.training.budget import Closing, Cost, Shape
+from luthier.training.budget import Cost, Shape
 from luthier.training.search import Found
 
 __all__ = ["print_study", "seconds_of", "study_methods"]
+FALLBACKS = 2  # lower rates that are tried where one diverges over the full length
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -59,36 +62,30 @@ def study_methods(
         spec = spec.model_copy(update={"evaluate": spec.evaluate.model_copy(update={"limit": limit})})
     run = store.Run(Path(spec.runs) / f"{spec.name}-methods")
     request = {"task": spec.model_dump(mode="json"), "methods": asked, "seeds": seeds, "top": top, "ray": bool(ray)}
-    with run.lock():
+    with run.lock(), _marked(run):
+        clock = Allotment(run.folder / "plan.json", request, budget, tell)
         bench = Bench.open(spec, run.folder, tell)
         store.write_text(run.folder / "task.yaml", specs.dump(spec))
-        clock = Allotment(run.folder / "plan.json", request, budget, tell)
         judge = flow._judge(run, spec, bench.prepared, bench.identity)
         judge.check()
-        with pools.opened(bench, ray) as pool, _marked(run):
-            measured, after = _measure(bench, judge, asked, clock, tell)
-            costs = {label: one.cost for label, one in measured.items() if one.cost}
-            usable = {label: asked[label] for label in costs}
-            shape = _plan(bench, clock, costs, after, seeds, top, pool, tell)
-            tell(Stage("search the learning rates", f"{len(usable)} methods, {shape.rates} rates each"))
-            found, tried = _searched(usable, shape, costs, spec.train.seed, pool, clock, tell)
-            costs = _observed(costs, tried)
-            shape = _replan(bench, clock, costs, after, seeds, top, pool, shape, found, tell)
-            finals = _finals(bench, usable, found, shape, costs, after, pool, clock, tell)
+        with pools.opened(bench, ray) as pool:
+            study = Study(bench, judge, clock, pool, asked, seeds, top, tell)
+            study.measure()
+            study.plan()
+            study.search()
+            study.plan_runs()
+            study.run()
         tell(Stage("test", f"{len(judge.examples)} rows, once"))
-        known = closing.closing(bench, judge, finals, tell)
+        known = closing.closing(bench, judge, study.finals, tell)
         report = study_report.build(
-            facts=_facts(bench, spec, clock, shape, seeds, budget, bool(ray), flow.openings(run)),
-            methods={
-                label: _about(options, measured[label].memory, measured[label].why, found.get(label), finals.get(label))
-                for label, options in asked.items()
-            },
+            facts={**study.facts(), "ray": bool(ray), "ledger": {"opened": flow.openings(run)}},
+            methods={label: study.about(label) for label in asked},
             known=known,
             scorer=judge.scorers[spec.evaluate.primary],
-        )  # fmt: skip
+        )
         store.write_json(run.folder / "study.json", report)
         study_page.write_page(report, run.folder / "study.html")
-        run.update(status="complete", ended=flow.now(), sentence=report["sentence"])
+        run.update(sentence=report["sentence"])
         return report
 
 
@@ -103,8 +100,170 @@ def seconds_of(text: str) -> float:
     return total
 
 
-def _default(field: Any) -> Any:
-    return None if field is None else field.get_default(call_default_factory=True)
+class Study:
+    """A study on its way: each step fills in what the next one needs."""
+
+    def __init__(
+        self, bench: Bench, judge: Judge, clock: Allotment, pool: Pool, asked: Methods, seeds: int, top: int,
+        tell: Listener,
+    ) -> None:  # fmt: skip
+        self.bench, self.judge, self.clock, self.pool, self.tell = bench, judge, clock, pool, tell
+        self.asked, self.seeds, self.top = asked, seeds, top
+        self.measured: dict[str, calibrate.Measured] = {}
+        self.costs: dict[str, Cost] = {}  # of the methods that can be used, and are still in the race
+        self.found: dict[str, Found] = {}
+        self.finals: dict[str, list[Result]] = {}
+
+    def measure(self) -> None:
+        """What a step of each method takes, and answering the test rows; kept, so that a resumed study plans alike."""
+        told = self.clock.measured()
+        if told is None:
+            timed = {
+                label: calibrate.method(self.bench, label, one, self.tell) for label, one in self.asked.items()
+            }  # fmt: skip
+            calibrate.refuse_empty(timed)
+            usable = {label: self.asked[label] for label, one in timed.items() if one.cost}
+            memory = calibrate.memories(self.bench, usable, self.clock.seconds, self.tell)
+            timed |= {label: replace(timed[label], memory=peak) for label, peak in memory.items()}
+            told = timed, calibrate.closing(self.bench, self.judge)
+            self.clock.keep_measured(*told)
+        self.measured, self.after = told
+        self.costs = {label: one.cost for label, one in self.measured.items() if one.cost}
+        if not any(self.measured[label].memory for label in self.costs):
+            self.clock.say("Peak memory is not told: measuring it would have taken too much of the budget.")
+
+    def plan(self) -> None:
+        """Choose what is done, and tell of it."""
+        self.shape = self._fitted("shape")
+        many = len(self.costs)
+        runs = many + (self.shape.seeds - 1) * min(self.top, many)
+        self.clock.total = count(self.shape, many) + runs
+        self.tell(Note(plan_in_words(self.shape, many, self.clock.left(), self.clock.seconds)))
+
+    def search(self) -> None:
+        """Every method's rate; without a search its own default. What steps really took corrects the costs."""
+        usable = {label: self.asked[label] for label in self.costs}
+        if self.shape.rates == 1:
+            made = {label: registry.make("methods", dict(one), "methods") for label, one in usable.items()}
+            self.found = {label: Found(one.learning_rate, math.nan, ()) for label, one in made.items()}
+            return
+        self.tell(Stage("search the learning rates", f"{len(usable)} methods, {self.shape.rates} rates each"))
+        self.found, tried = search_all(
+            usable, self.shape, self.costs, self.bench.spec.train.seed, self.pool, self.clock, self.tell
+        )
+        for label, results in tried.items():
+            seen = [one["step_seconds"] for one in results if one["status"] == "complete"]
+            if seen:
+                self.costs[label] = replace(self.costs[label], step=statistics.median(seen))
+        self.costs = {label: cost for label, cost in self.costs.items() if self.found[label].rate is not None}
+        if not self.costs:
+            raise TrainingError("every trial of every method diverged", remedy="look at the rows: luthier show")
+
+    def plan_runs(self) -> None:
+        """Fit the full-length runs into what the searches have left: more or fewer than was planned at first."""
+        before, self.shape = self.shape, self._fitted("finals", self.shape)
+        if (self.shape.full, self.shape.seeds) != (before.full, before.seeds):
+            self.tell(Note(f"after the searches: {runs_in_words(self.shape, len(self.costs))}"))
+        for text in given_up(self.shape, self.bench.full, self.seeds):
+            self.clock.say(text)
+
+    def run(self) -> None:
+        """Full-length runs at the chosen rates: one of each method, then further seeds of the best by dev loss."""
+        self.tell(Stage("full-length runs", f"{len(self.costs)} methods, {self.shape.full} steps"))
+        rates = {label: self.found[label].rate or 0.0 for label in self.costs}
+        self._round(rates, 0)
+        for _ in range(FALLBACKS):
+            lower = {label: rate for label in rates if self._diverged(label) and (rate := self._lower(label))}
+            self._round(lower, 0)
+            rates |= lower
+        whole = [label for label in rates if not self._diverged(label)]
+        if not whole:
+            raise TrainingError("every full-length run diverged", remedy="look at the rows: luthier show")
+        best = sorted(whole, key=lambda label: loss_of(self.finals[label][-1]))[: self.top]
+        test = budgets.closing(self.shape, len(self.costs), self.after)
+        for more in range(1, self.shape.seeds):
+            again = {label: rates[label] for label in best}
+            if not self.clock.fits(test + sum(map(self._seconds, again)) / self.pool.width):
+                self.clock.say(f"Runs took longer than planned: only {more} of {self.shape.seeds} seeds were run.")
+                break
+            self._round(again, more)
+
+    def facts(self) -> dict[str, Any]:
+        """What the report tells beside its numbers."""
+        bench, spec = self.bench, self.bench.spec
+        return {
+            "name": spec.name,
+            "created": flow.now(),
+            "model": spec.model.name,
+            "parameters": bench.weights,
+            "metric": spec.evaluate.primary,
+            "rows": {"train": len(bench.prepared.train), "dev": len(bench.dev)},
+            "shape": self.shape.as_json(),
+            "task_steps": bench.full,
+            "asked_seeds": self.seeds,
+            "budget": self.clock.seconds,
+            "seconds": self.clock.spent,
+            "said": self.clock.said,
+            "provenance": {**bench.identity, "data": bench.prepared.data_hash},
+            "seed": spec.evaluate.seed,
+        }
+
+    def about(self, label: str) -> dict[str, Any]:
+        """One method: what it is, its search and its runs."""
+        options, found, told = self.asked[label], self.found.get(label), self.measured[label]
+        made = registry.make("methods", dict(options), "methods")
+        fields = type(made.options).model_fields
+        defaults = {key: field.get_default(call_default_factory=True) for key, field in fields.items()}
+        return {
+            "method": dict(options),
+            "asked": {key: value for key, value in options.items() if key == "name" or value != defaults.get(key)},
+            "title": made.about.title,
+            "family": made.about.family,
+            "not_merged": made.not_merged,
+            "bracket": list(made.bracket),
+            "memory": told.memory,
+            "why": told.why or ("" if found and found.rate else "every trial of its search diverged"),
+            "search": None if found is None else search_told(found),
+            "runs": [dict(result) for result in self.finals.get(label, ())],
+        }
+
+    def _fitted(self, key: str, searched: Shape | None = None) -> Shape:
+        return self.clock.plan(
+            key, self.bench.full, self.seeds, self.top, self.costs, self.after, looks_every=self.bench.looks_every,
+            width=self.pool.width, searched=searched,
+        )  # fmt: skip
+
+    def _round(self, rates: Mapping[str, float], seed: int) -> None:
+        """One full-length run of each of these methods."""
+        first = self.bench.spec.train.seed
+        asked = {
+            label: Trial(
+                self.asked[label], rate, first + seed, self.shape.full, True, self._seconds(label) > WORTH_SAVING
+            )
+            for label, rate in rates.items()
+        }
+        for label, result in self.pool.run(asked, self.tell):
+            self.finals.setdefault(label, []).append(result)
+            self.clock.did(f"{label}, full length, seed {first + seed}", self._seconds(label), result["seconds"])
+
+    def _seconds(self, label: str) -> float:
+        return budgets.trial(self.costs[label], self.shape.full, math.ceil(self.shape.full / self.bench.looks_every))
+
+    def _diverged(self, label: str) -> bool:
+        return bool(self.finals[label][-1]["status"] == "diverged")
+
+    def _lower(self, label: str) -> float | None:
+        """The best rate of a search's last rung that is lower than the one which diverged over the full length."""
+        failed = self.finals[label][-1]["trial"]["rate"]
+        curve, longest = self.found[label].curve, self.shape.lengths[-1] if self.shape.lengths else 0
+        done = [
+            (loss, rate) for rate, steps, loss in curve if steps == longest and rate < failed and math.isfinite(loss)
+        ]
+        if not done:
+            return None
+        rate = min(done)[1]
+        self.clock.say(f"{label} diverged over the full length at {failed:.2g} and ran at {rate:.2g} instead.")
+        return rate
 
 
 class _marked:
@@ -117,155 +276,6 @@ class _marked:
         self._run.update(name=self._run.name, status="running", began=flow.now())
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            stopped = issubclass(kind, TrainingError | KeyboardInterrupt)
-            self._run.update(status="interrupted" if stopped else "failed")
-
-
-def _measure(
-    bench: Bench, judge: Judge, asked: Methods, clock: Allotment, tell: Listener
-) -> tuple[dict[str, calibrate.Measured], Closing]:
-    """What a step of each method takes, and answering the test rows; kept, so that a resumed study plans alike."""
-    told = clock.measured()
-    if told is None:
-        methods = {label: calibrate.method(bench, label, options, tell) for label, options in asked.items()}
-        calibrate.refuse_empty(methods)
-        told = methods, calibrate.closing(bench, judge)
-        clock.keep_measured(*told)
-    return told
-
-
-def _plan(
-    bench: Bench, clock: Allotment, costs: Mapping[str, Cost], after: Closing, seeds: int, top: int, pool: Pool,
-    tell: Listener,
-) -> Shape:  # fmt: skip
-    """Choose what is done, and tell of it."""
-    shape = clock.plan(
-        "shape", bench.full, seeds, top, costs, after, looks_every=bench.looks_every, width=pool.width
-    )  # fmt: skip
-    runs = len(costs) + (shape.seeds - 1) * min(top, len(costs))
-    clock.total = count(shape, len(costs)) + runs
-    tell(Note(plan_in_words(shape, len(costs), clock.left(), clock.seconds)))
-    for text in given_up(shape, bench.full, seeds):
-        clock.say(text)
-    return shape
-
-
-def _searched(
-    usable: Methods, shape: Shape, costs: Mapping[str, Cost], seed: int, pool: Pool, clock: Allotment, tell: Listener
-) -> tuple[dict[str, Found], dict[str, list[Result]]]:
-    """Every method's rate; without a search each method's own default."""
-    if shape.rates > 1:
-        return search_all(usable, shape, costs, seed, pool, clock, tell)
-    rates = {label: registry.make("methods", dict(one), "methods").learning_rate for label, one in usable.items()}
-    return {label: Found(rate, math.nan, ()) for label, rate in rates.items()}, {label: [] for label in usable}
-
-
-def _observed(costs: Mapping[str, Cost], tried: Mapping[str, Sequence[Result]]) -> dict[str, Cost]:
-    """Costs with the seconds a step that the searches really had."""
-    better = dict(costs)
-    for label, results in tried.items():
-        seen = sorted(one["step_seconds"] for one in results if one["status"] == "complete")
-        if seen:
-            better[label] = Cost(seen[len(seen) // 2], costs[label].look, costs[label].start)
-    return better
-
-
-def _replan(
-    bench: Bench, clock: Allotment, costs: Mapping[str, Cost], after: Closing, seeds: int, top: int, pool: Pool,
-    shape: Shape, found: Mapping[str, Found], tell: Listener,
-) -> Shape:  # fmt: skip
-    """Fit the full-length runs into what the searches have left; more seeds or steps than first planned if they fit."""
-    alive = {label: cost for label, cost in costs.items() if found[label].rate is not None}
-    if not alive:
-        raise TrainingError("every trial of every method diverged", remedy="look at the rows: luthier show")
-    settled = clock.plan(
-        "finals", bench.full, seeds, top, alive, after, looks_every=bench.looks_every, width=pool.width, searched=shape
-    )
-    if (settled.full, settled.seeds) != (shape.full, shape.seeds):
-        tell(Note(f"after the searches: {runs_in_words(settled, len(alive))}"))
-        for text in given_up(settled, bench.full, seeds):
-            clock.say(text)
-    return settled
-
-
-def _finals(
-    bench: Bench, usable: Methods, found: Mapping[str, Found], shape: Shape, costs: Mapping[str, Cost], after: Closing,
-    pool: Pool, clock: Allotment, tell: Listener,
-) -> dict[str, list[Result]]:  # fmt: skip
-    """Full-length runs at the chosen rates: one of each method, then further seeds of those with the best dev loss."""
-    first, looks = bench.spec.train.seed, math.ceil(shape.full / bench.looks_every)
-    alive = [label for label in usable if found[label].rate is not None]
-    finals: dict[str, list[Result]] = {label: [] for label in alive}
-
-    def run(labels: Sequence[str], seed: int) -> None:
-        seconds = {label: budgets.trial(costs[label], shape.full, looks) for label in labels}
-        asked = {
-            label: Trial(usable[label], found[label].rate or 0.0, seed, shape.full, True, seconds[label] > WORTH_SAVING)
-            for label in labels
-        }
-        for label, result in pool.run(asked, tell):
-            finals[label].append(result)
-            clock.did(f"{label}, full length, seed {seed}", seconds[label], result["seconds"])
-
-    tell(Stage("full-length runs", f"{len(alive)} methods, {shape.full} steps"))
-    run(alive, first)
-    best = sorted(
-        (label for label in alive if finals[label][0]["status"] == "complete"), key=lambda one: loss_of(finals[one][0])
-    )
-    if not best:
-        raise TrainingError("every full-length run diverged", remedy="lower train.warmup's rates: see the searches")
-    for more in range(1, shape.seeds):
-        chosen = best[: shape.top]
-        test = budgets.closing(shape, len(alive), after)
-        longest = sum(budgets.trial(costs[label], shape.full, looks) for label in chosen) / pool.width
-        if not clock.fits(longest + test):
-            clock.say(f"The budget allowed {more} of {shape.seeds} seeds.")
-            break
-        run(chosen, first + more)
-    return finals
-
-
-def _facts(
-    bench: Bench, spec: RunSpec, clock: Allotment, shape: Shape, seeds: int, budget: float | None, ray: bool,
-    openings: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What the report tells beside its numbers."""
-    return {
-        "name": spec.name,
-        "created": flow.now(),
-        "model": spec.model.name,
-        "parameters": bench.weights,
-        "metric": spec.evaluate.primary,
-        "rows": {"train": len(bench.prepared.train), "dev": len(bench.dev), "test": 0},
-        "shape": shape.as_json(),
-        "task_steps": bench.full,
-        "asked_seeds": seeds,
-        "budget": budget,
-        "seconds": clock.spent,
-        "said": clock.said,
-        "ray": ray,
-        "ledger": {"opened": openings},
-        "provenance": {**bench.identity, "data": bench.prepared.data_hash},
-        "seed": spec.evaluate.seed,
-    }
-
-
-def _about(
-    options: Mapping[str, Any], memory: int | None, why: str, found: Found | None, finals: Sequence[Result] | None
-) -> dict[str, Any]:
-    """One method before the test: what it is, its search and its runs."""
-    made = registry.make("methods", dict(options), "methods")
-    fields = type(made.options).model_fields
-    return {
-        "method": dict(options),
-        "asked": {key: value for key, value in options.items() if key == "name" or value != _default(fields.get(key))},
-        "title": made.about.title,
-        "family": made.about.family,
-        "not_merged": made.not_merged,
-        "bracket": list(made.bracket),
-        "memory": memory,
-        "why": why or ("" if found is None or found.rate is not None else "every trial of its search diverged"),
-        "search": None if found is None else search_told(found),
-        "runs": [dict(result) for result in finals or ()],
-    }
+        stopped = kind is not None and issubclass(kind, TrainingError | KeyboardInterrupt)
+        status = "complete" if kind is None else "interrupted" if stopped else "failed"
+        self._run.update(status=status, ended=flow.now())

@@ -20,7 +20,7 @@ from typing import Any
 
 from luthier import registry, store
 from luthier.contracts import Adapted, Method
-from luthier.errors import Diverged, SpecError, TrainingError
+from luthier.errors import Diverged, Fault, SpecError, TrainingError
 from luthier.flows import train as flow
 from luthier.flows.events import Listener, Note, Progress, silent
 from luthier.flows.prepare import Prepared, prepare
@@ -243,19 +243,21 @@ def bits(model: Any) -> dict[str, tuple[tuple[int, ...], int]]:
 def resolve(spec: RunSpec, methods: Sequence[str | Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The asked methods with all their options, each under a label; SpecError with every fault.
 
-    A bare name that is the task's own method stands for it with the task's options.
+    A bare name that is the task's own method stands for it with the task's options. A label is the name, with the
+    options that were written where another method has the same.
     """
-    own = spec.method["name"]
-    asked = [
-        dict(spec.method) if one == own else {"name": one} if isinstance(one, str) else dict(one) for one in methods
-    ]
-    faults = [fault for one in asked for fault in registry.check("methods", one, "methods")]
+    own, labelled = spec.method["name"], dict[str, dict[str, Any]]()
+    written = [one if isinstance(one, str) else dict(one) for one in methods]
+    asked = [{"name": one} if isinstance(one, str) else one for one in written]
+    names = [one.get("name") for one in asked]
+    full = [dict(spec.method) if one == own else {"name": one} if isinstance(one, str) else one for one in written]
+    faults = [fault for one in full for fault in registry.check("methods", one, "methods")]
+    if not methods:
+        faults = [Fault("methods", "is empty", f"name some of: {', '.join(registry.names('methods'))}")]
     if faults:
         raise SpecError("methods that cannot be studied", faults=faults)
-    names = [one["name"] for one in asked]
-    labelled: dict[str, dict[str, Any]] = {}
-    for one in asked:
-        label = one["name"] if names.count(one["name"]) == 1 else _with_options(one)
+    for short, one in zip(asked, full, strict=True):
+        label = one["name"] if names.count(one["name"]) == 1 else _with_options(short)
         plugin = registry.make("methods", one, "methods")
         labelled[label] = {"name": one["name"], **plugin.options.model_dump(mode="json")}
     return labelled

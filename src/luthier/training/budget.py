@@ -51,7 +51,7 @@ class Shape:
 
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON; `of_json` is the inverse."""
-        return asdict(self)
+        return {**asdict(self), "lengths": list(self.lengths)}
 
     @classmethod
     def of_json(cls, value: Mapping[str, Any]) -> Shape:

@@ -63,9 +63,7 @@ def search(bracket: tuple[float, float], count: int, steps: Sequence[int]) -> Se
         losses = yield [Ask(rate, length) for rate in alive]
         curve += [(rate, length, losses[Ask(rate, length)]) for rate in alive]
         alive = survivors({rate: losses[Ask(rate, length)] for rate in alive})
-    if not alive:  # every rate was too high
-        alive = [bracket[0]]
-    found = _best(curve, steps[-1]) or (alive[0], math.inf)
+    found = _best(curve) or (min(rate for rate, _, _ in curve), math.inf)
     widened: list[float] = []
     while len(widened) < WIDENINGS and (beyond := _beyond(found[0], curve, bracket, count)) is not None:
         losses = yield [Ask(beyond, steps[-1])]
@@ -86,10 +84,14 @@ def survivors(losses: Mapping[float, float]) -> list[float]:
     return sorted(ranked[: math.ceil(len(losses) / 2)])
 
 
-def _best(curve: Sequence[tuple[float, int, float]], length: int) -> tuple[float, float] | None:
-    """The best rate of the longest rung that any trial finished."""
-    done = [(loss, rate) for rate, steps, loss in curve if steps == length and math.isfinite(loss)]
-    return (min(done)[1], min(done)[0]) if done else None
+def _best(curve: Sequence[tuple[float, int, float]]) -> tuple[float, float] | None:
+    """The best rate of the longest rung that any finished, below every rate that diverged; with its loss."""
+    bound = min((rate for rate, _, loss in curve if not math.isfinite(loss)), default=math.inf)
+    for length in sorted({steps for _, steps, _ in curve}, reverse=True):
+        done = [(loss, rate) for rate, steps, loss in curve if steps == length and rate < bound]
+        if done:
+            return min(done)[1], min(done)[0]
+    return None
 
 
 def _beyond(
