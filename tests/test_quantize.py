@@ -249,6 +249,8 @@ def test_every_method_works_on_a_quantised_base_or_says_why_not(name, base):
     first = {n: p.detach().clone() for n, p in adapted.trainable().items()}
     losses = laws.train(adapted, method, steps=4)
     assert losses[-1] < losses[0]
+    plainly = laws.attach(method, quantize.dequantised(quantised(KINDS[base])))
+    assert laws.train(plainly, method, steps=4) == pytest.approx(losses, abs=1e-3), "as on the dequantised base"
     assert any(not torch.equal(first[n], p) for n, p in adapted.trainable().items())
     with adapted.disabled():
         assert torch.equal(laws.logits(adapted.model), before)
