@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from luthier.adapt import wrapped
 from luthier.errors import SpecError
+from luthier.model.quantize import refuse_quantised
 
 OVERSAMPLED = 8  # directions more than asked for, which make the fast SVD accurate
 
@@ -57,8 +58,9 @@ class Pissa(wrapped.PeftAdapted):
 def attach(model: Any, *, rank: int, target_modules: Any, iterations: int | None, seed: int) -> Pissa:
     """Put a fresh PiSSA of that rank on the model; the SVD's random start is drawn from `seed`.
 
-    `iterations` of the fast SVD, or None for the exact one. SpecError where a layer is narrower than the rank.
+    `iterations` of the fast SVD, or None for the exact one. SpecError on a quantised base, and where a layer is narrower than the rank.
     """
+    refuse_quantised(model, "PiSSA's SVD")
     settings = {"r": 2 * rank, "lora_alpha": 2 * rank, "target_modules": target_modules}
 
     def made(peft: PeftModel) -> Pissa:
