@@ -58,7 +58,8 @@ class Pissa(wrapped.PeftAdapted):
 def attach(model: Any, *, rank: int, target_modules: Any, iterations: int | None, seed: int) -> Pissa:
     """Put a fresh PiSSA of that rank on the model; the SVD's random start is drawn from `seed`.
 
-    `iterations` of the fast SVD, or None for the exact one. SpecError on a quantised base, and where a layer is narrower than the rank.
+    `iterations` of the fast SVD, or None for the exact one. SpecError on a quantised base, and where a layer is
+    narrower than the rank.
     """
     refuse_quantised(model, "PiSSA's SVD")
     settings = {"r": 2 * rank, "lora_alpha": 2 * rank, "target_modules": target_modules}
