@@ -90,15 +90,69 @@ def test_it_attaches_to_other_families(make, kind):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("auto_mapping", {"base_model_class": "X", "parent_library": "os"}), ("corda_config", {"cache_file": "/etc/passwd"}),
-     ("modules_to_save", ["lm_head"]), ("r", 100_000), ("peft_type", "NOSUCH"), ("loftq_config", {"x": 1})],
-)  # fmt: skip
+    [
+        ("auto_mapping", {"base_model_class": "X", "parent_library": "os"}),
+        ("corda_config", {"cache_file": "/etc/passwd"}),
+        ("megatron_core", "os"),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("trainable_token_indices", [1, 2]),
+        ("layer_replication", [[0, 10**6]]),
+        ("alora_invocation_tokens", [5]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("r", 100_000),
+        ("r", "16"),
+        ("r", 16.5),
+        ("lora_alpha", float("nan")),
+        ("rank_pattern", {"q_proj": 10**9}),
+        ("rank_pattern", {"(a+)+$": 8}),
+        ("target_modules", "(a|a)*b"),
+        ("target_modules", [".*.*.*.*.*.*"]),
+        ("layers_pattern", "(x+)+y"),
+        ("peft_type", "NOSUCH"),
+        ("peft_type", "XLORA"),
+        ("loftq_config", {"x": 1}),
+        ("arrow_config", {"top_k": 2}),
+        ("nosuch", "value"),
+    ],
+)
 def test_steering_keys_are_refused(tmp_path, key, value):
     registry.make("methods", "lora").attach(network("llama"), seed=0).save(tmp_path)
     config = json.loads((tmp_path / adapt.CONFIG).read_text())
     (tmp_path / adapt.CONFIG).write_text(json.dumps({**config, key: value}))
-    with pytest.raises(CheckpointError, match=key if key != "peft_type" else "NOSUCH"):
+    with pytest.raises(CheckpointError, match=key if key != "peft_type" else value):
         wrapped.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("BOFT", "boft_n_butterfly_factor", 60),
+        ("C3A", "block_size", 0),
+        ("FOURIERFT", "n_frequency", 10**12),
+        ("PEANUT", "depth", 10**6),
+        ("PEANUT", "act_fn", "os.system('x')"),
+        ("RANDLORA", "projection_prng_key", -1),
+        ("TINYLORA", "u", 10**9),
+        ("VBLORA", "num_vectors", 10**9),
+        ("VERA", "r", 10**9),
+        ("WAVEFT", "wavelet_family", "a/b"),
+    ],
+)
+def test_a_folder_cannot_ask_for_terabytes_or_name_files(tmp_path, kind, key, value):
+    (tmp_path / adapt.CONFIG).write_text(json.dumps({"peft_type": kind, key: value}))
+    with pytest.raises(CheckpointError, match=key):
+        wrapped.read_config(tmp_path)
+    (tmp_path / adapt.CONFIG).write_text(json.dumps({"peft_type": kind}))
+    assert wrapped.read_config(tmp_path)
+
+
+def test_how_first_values_were_drawn_no_longer_matters_in_a_folder(tmp_path):
+    """Data-driven and random starts leave the base alone: only what they led to is in the file."""
+    for start in ("gaussian", "eva", True, None):
+        (tmp_path / adapt.CONFIG).write_text(json.dumps({"peft_type": "LORA", "init_lora_weights": start}))
+        assert wrapped.read_config(tmp_path).init_lora_weights is True
 
 
 def test_lora_counts_are_the_published_ones():

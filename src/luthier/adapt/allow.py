@@ -55,6 +55,7 @@ CLOSED: Mapping[str, str] = {
     "use_asa": "prunes by calls that only PEFT's own trainer makes",
     "UNILORA.save_indices": "stores positions that are drawn again from the seed",
     "VBLORA.save_only_topk_weights": "cannot be trained on",
+    "ADALORA.rank_pattern": "leaves pruned ranks out of the file, which luthier keeps as zeros",
     "OSF.target_svd_config": "is what PEFT computes itself",
 }
 # First values that PEFT computes by changing the base, or from data.

@@ -7,6 +7,7 @@ with a KeyError that names luthier, and luthier reads it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def write(
     store.write_json(folder / CONFIG, dict(config))
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt", **(notes or {})})
+    if notes:
+        _sort_notes(folder / WEIGHTS)
+
+
+def _sort_notes(path: Path) -> None:
+    """Sort a file's metadata: safetensors writes it in the order of a hash table, another one in every process."""
+    with path.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same header in another order"
+        opened.seek(8)
+        opened.write(text.ljust(length))
 
 
 def own_config(engine: str, model: Any, **settings: Any) -> dict[str, Any]:

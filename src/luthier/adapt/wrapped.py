@@ -22,7 +22,7 @@ from luthier import contracts, store
 from luthier.adapt import allow, drawn
 from luthier.adapt import folder as files
 from luthier.adapt.folder import CONFIG, WEIGHTS
-from luthier.errors import LuthierError, SpecError
+from luthier.errors import CheckpointError, LuthierError, SpecError
 from luthier.model.fused import fuse
 from luthier.model.quantize import refuse_quantised, require_tolerated, unmarked
 
@@ -155,7 +155,10 @@ def load(model: Any, folder: Path, *, made: Made = PeftAdapted) -> PeftAdapted:
 
 def read_config(folder: Path) -> PeftConfig:
     """Rebuild a clean PEFT configuration from an untrusted folder; what could steer loading is refused."""
-    return allow.clean(dict(store.read_json(folder / CONFIG)), str(folder / CONFIG))
+    written = store.read_json(folder / CONFIG)
+    if not isinstance(written, dict):
+        raise CheckpointError("is not a table of settings", where=str(folder / CONFIG))
+    return allow.clean(written, str(folder / CONFIG))
 
 
 @contextmanager

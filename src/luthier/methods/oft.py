@@ -13,7 +13,9 @@ from luthier.methods._linears import LinearOptions, OnLinears
 class Options(LinearOptions):
     """OFT's settings."""
 
-    block: int = Field(32, ge=2, le=1024, description="inputs are turned in groups of this size; it must divide them")
+    block: int = Field(
+        32, ge=2, le=1024, description="inputs are turned in groups of this size, or of the nearest that divides them"
+    )
 
 
 class Oft(OnLinears):
