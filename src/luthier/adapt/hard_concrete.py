@@ -3,7 +3,8 @@
 A gate is a hard concrete variable: a noisy sigmoid, stretched beyond 0 and 1 and clamped, so that it can be quite shut
 and still has a gradient. The noise is drawn anew for each optimiser step from (seed, step) alone: all packs of a step,
 activations that are computed again, every process and a resumed run see the same gates. When answers count (evaluation,
-saving, after the last step) the gates are deterministic and only the largest differences remain.
+saving) the gates are deterministic and only the largest differences remain. After `SETTLING` of the steps these are
+chosen for good and learn on alone, as in the paper: what is kept is then what was trained last.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ LOW, HIGH = -0.1, 1.1  # a gate is stretched to this range before it is clamped 
 HEAT = 2 / 3  # of the noise
 SHUT = HEAT * math.log(-LOW / HIGH)  # P(gate > 0) = sigmoid(gate's parameter - SHUT)
 OPEN = 2.0  # where a gate's parameter starts: open, with its sigmoid still steep
-CLOSING = 0.7  # share of the steps over which the allowed share falls to the target
+SETTLING = 0.6  # share of the steps after which the mask is fixed
+CLOSING = 0.5  # share of the steps over which the allowed share falls to the target
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class Sparsity:
 
     share: float  # of all entries
     pressure: float  # weight of the share that is too many, in the loss
-    structured: bool  # a second gate for each matrix as a whole
 
     def allowed(self, done: float) -> float:
         """The share that is free of pressure after a share `done` of the steps: from all, cubically, to the target."""
@@ -40,47 +41,42 @@ class Sparsity:
 
 
 class Gated(Matrix):
-    """A matrix with a difference and a gate for each entry, and perhaps a gate for the whole."""
+    """A matrix with a difference and a gate for each entry."""
 
-    def __init__(self, name: str, module: Any, *, structured: bool) -> None:
+    def __init__(self, name: str, module: Any) -> None:
         super().__init__(name, module)
         self.own = module.weight.data  # the base's tensor, which is never written
         self.changed = self.own.clone()  # what the layer holds while the adapter is on
         self.change = torch.nn.Parameter(torch.zeros_like(self.own, dtype=torch.float32))
         self.gates = torch.nn.Parameter(torch.full_like(self.change, OPEN))
-        self.whole = torch.nn.Parameter(torch.full_like(self.change[0, :1], OPEN)) if structured else None
-        self.noise: tuple[torch.Tensor, torch.Tensor] | None = None  # for the entries and the whole; None: settled
+        self.noise: torch.Tensor | None = None  # of this step; None where the gates are settled
         self.kept: torch.Tensor | None = None  # positions that remain where the gates are settled
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        own = {f"{self.name}.change": self.change, f"{self.name}.gates": self.gates}
-        return own if self.whole is None else {**own, f"{self.name}.whole": self.whole}
+        return {f"{self.name}.change": self.change, f"{self.name}.gates": self.gates}
 
     def draw(self, seed: int) -> None:
         """Draw this step's noise, logistic, from `seed`; half precision is enough for noise."""
         generator = torch.Generator(self.own.device).manual_seed(seed)
         self.kept = None
-        self.noise = tuple(  # type: ignore[assignment]
-            torch.rand(shape, device=self.own.device, generator=generator).logit_(1e-6).bfloat16()
-            for shape in (self.own.shape, (1,))
-        )
+        even = torch.rand(self.own.shape, device=self.own.device, generator=generator)
+        self.noise = even.logit_(1e-6).bfloat16()
 
     def gate(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The entries' gates and their slopes in the gates' parameters."""
-        return _gate(self.gates, None if self.noise is None else self.noise[0])
-
-    def gate_of_all(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The whole matrix's gate and slope, (1,) each, where there is one."""
-        return None if self.whole is None else _gate(self.whole, None if self.noise is None else self.noise[1])
+        """The gates and their slopes in the gates' parameters."""
+        raw, heat = self.gates.detach(), 1.0 if self.noise is None else HEAT
+        soft = torch.sigmoid(raw if self.noise is None else (raw + self.noise) / heat)
+        stretched = soft * (HIGH - LOW) + LOW
+        inside = (stretched > 0) & (stretched < 1)
+        slope = soft.mul_(1 - soft).mul_((HIGH - LOW) / heat).mul_(inside)
+        return stretched.clamp_(0, 1), slope
 
     def difference(self) -> torch.Tensor:
         """Gates times changes, float32 in the matrix's shape."""
-        gated = self.gate()[0].mul_(self.change)
-        whole = self.gate_of_all()
-        return gated if whole is None else gated.mul_(whole[0])
+        return self.gate()[0].mul_(self.change.detach())
 
     def weight(self) -> torch.Tensor:
-        return _Gate.apply(self.module.weight, self.change, self.gates, self.whole, self)  # type: ignore[no-any-return]
+        return _Gate.apply(self.module.weight, self.change, self.gates, self)  # type: ignore[no-any-return]
 
     def write(self) -> None:
         """Write base plus difference, or base plus its kept entries where the gates are settled."""
@@ -92,22 +88,12 @@ class Gated(Matrix):
         flat = self.changed.copy_(self.own).view(-1)
         flat[self.kept] = added(flat[self.kept], difference.view(-1)[self.kept])
 
-    def open_share(self) -> torch.Tensor:
+    def opened(self) -> torch.Tensor:
         """The expected number of open gates, with autograd."""
-        count = torch.sigmoid(self.gates - SHUT).sum()
-        return count if self.whole is None else count * torch.sigmoid(self.whole - SHUT).sum()
+        return torch.sigmoid(self.gates - SHUT).sum()
 
     def restore(self) -> None:
         self.module.weight.data = self.own
-
-
-def _gate(parameter: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    raw = parameter.detach()
-    soft = torch.sigmoid(raw if noise is None else (raw + noise) / HEAT)
-    stretched = soft * (HIGH - LOW) + LOW
-    inside = (stretched > 0) & (stretched < 1)
-    slope = soft.mul_(1 - soft).mul_((HIGH - LOW) / (1 if noise is None else HEAT)).mul_(inside)
-    return stretched.clamp_(0, 1), slope
 
 
 class _Gate(torch.autograd.Function):
@@ -119,7 +105,6 @@ class _Gate(torch.autograd.Function):
         weight: torch.Tensor,
         change: torch.Tensor,
         gates: torch.Tensor,
-        whole: torch.Tensor | None,
         matrix: Gated,
     ) -> torch.Tensor:
         ctx.matrix = matrix
@@ -134,12 +119,7 @@ class _Gate(torch.autograd.Function):
             remaining[matrix.kept] = upstream.reshape(-1)[matrix.kept]
             upstream = remaining.view_as(upstream)
         gate, slope = matrix.gate()
-        through = upstream * matrix.change  # what opening the gate further would change
-        whole, of_all = matrix.gate_of_all(), None
-        if whole is not None:
-            of_all = ((through * gate).sum() * whole[1]).view(1)
-            upstream, through = upstream * whole[0], through * whole[0]
-        return None, upstream * gate, through.mul_(slope), of_all, None
+        return None, upstream * gate, upstream.mul(matrix.change).mul_(slope), None
 
 
 class GatedAdapted(DeltaAdapted):
@@ -148,41 +128,57 @@ class GatedAdapted(DeltaAdapted):
     matrices: list[Gated]  # type: ignore[assignment]
 
     def __init__(self, model: Any, layers: Mapping[str, Any], sparsity: Sparsity, *, seed: int) -> None:
-        matrices = [Gated(name, layer, structured=sparsity.structured) for name, layer in layers.items()]
+        matrices = [Gated(name, layer) for name, layer in layers.items()]
         self.sparsity, self.seed = sparsity, seed
         self.entries = sum(matrix.own.numel() for matrix in matrices)
         self.remaining = max(1, int(sparsity.share * self.entries))
         self.done, self.total = 0, 0  # optimiser steps
+        self.fixed = False  # whether the entries that remain are chosen for good
         super().__init__(model, matrices)
 
     def saved_bytes(self) -> int:
         """A position and a value for each entry that may remain."""
         return BYTES * self.remaining
 
-    def penalty(self) -> torch.Tensor:
+    def penalty(self) -> torch.Tensor | None:
         """The expected share of open gates beyond what is allowed at this step, times the pressure."""
-        opened = torch.stack([matrix.open_share() for matrix in self.matrices]).sum() / self.entries
+        if self.fixed:
+            return None
+        opened = torch.stack([matrix.opened() for matrix in self.matrices]).sum() / self.entries
         allowed = self.sparsity.allowed(self.done / self.total if self.total else 0.0)
         return self.sparsity.pressure * torch.relu(opened - allowed)
 
     def stepped(self, done: int, total: int, gradients: Mapping[str, torch.Tensor]) -> Sequence[str]:
-        """The next step gets other noise; after the last one the gates are settled for good."""
+        """The next step gets other noise; late in the run the entries that remain are chosen for good."""
         self.done, self.total = done, total
+        if not self.fixed and done >= SETTLING * total:
+            self._settle()
+            self.fixed = True
         return ()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """How far the run has come: the noise follows from it."""
-        return {"steps": torch.tensor([self.done, self.total])}
+        """How far the run has come, from which the noise follows, and what was chosen: -1 where nothing is yet."""
+        mask = torch.full((self.remaining,), -1)
+        if self.fixed:
+            parts = zip(self.matrices, self._starts(), strict=True)
+            mask = torch.cat([matrix.kept.cpu() + start for matrix, start in parts if matrix.kept is not None])
+        return {"steps": torch.tensor([self.done, self.total]), "mask": mask}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on where the run stood."""
         self.done, self.total = (int(value) for value in state["steps"])
+        self.fixed = bool((state["mask"] >= 0).all())
+        self._written = None
+        if self.fixed:
+            for matrix, start in zip(self.matrices, self._starts(), strict=True):
+                own = state["mask"] - start
+                kept = own[(own >= 0) & (own < matrix.own.numel())]
+                matrix.noise, matrix.kept = None, kept.to(matrix.own.device)
 
     @property
     def settled(self) -> bool:
-        """Whether answers count: gates are deterministic and only the largest differences remain."""
-        over = self.total > 0 and self.done >= self.total
-        return over or not self.model.get_decoder().training
+        """Whether gates are deterministic and only the largest differences remain."""
+        return self.fixed or not self.model.get_decoder().training
 
     def standing(self) -> object:
         """The weights depend on what was learnt, and on the step's noise or its absence."""
@@ -201,7 +197,8 @@ class GatedAdapted(DeltaAdapted):
     @torch.no_grad()
     def sparse(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The largest differences under deterministic gates, as many as may remain."""
-        self._written = None  # noise is drawn again when training goes on
+        if not self.settled:
+            self._written = None  # noise is drawn again when training goes on
         self._settle()
         found = {}
         for matrix in self.matrices:
@@ -220,11 +217,18 @@ class GatedAdapted(DeltaAdapted):
         return super().merge()
 
     def _settle(self) -> None:
+        if self.fixed:
+            return
         for matrix in self.matrices:
             matrix.noise = None
         chosen = largest(lambda place: self.matrices[place].difference(), len(self.matrices), self.remaining)
         for matrix, kept in zip(self.matrices, chosen, strict=True):
             matrix.kept = kept
+
+    def _starts(self) -> list[int]:
+        """Where each matrix begins when all are laid end to end."""
+        sizes = [matrix.own.numel() for matrix in self.matrices]
+        return [sum(sizes[:place]) for place in range(len(sizes))]
 
 
 def _mixed(seed: int, step: int, place: int) -> int:

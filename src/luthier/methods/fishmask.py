@@ -28,8 +28,8 @@ class Options(contracts.Options):
 class FishMask(contracts.Method):
     Options = Options
     fresh = "exact"
-    learning_rate = 5e-4
-    bracket = (1e-5, 2e-3)
+    learning_rate = 1e-3
+    bracket = (5e-5, 5e-3)
     about = contracts.About(
         family="selective",
         title="FishMask: a fixed sparse mask chosen by the task's own gradients",
