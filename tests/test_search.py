@@ -100,8 +100,8 @@ def test_ties_go_to_the_lower_rate():
 
 def test_rungs_double_up_to_half_of_the_run():
     assert search.lengths(96, 3) == (12, 24, 48)
-    assert search.lengths(8, 3) == (4, 4, 4)
-    assert search.lengths(2, 2) == (2, 2)
+    assert search.lengths(8, 3) == (4,) and search.lengths(12, 3) == (4, 6)
+    assert search.lengths(2, 2) == (2,)
 
 
 COSTS = {"a": Cost(1.0, 2.0, 0.5), "b": Cost(2.0, 2.0, 0.5), "c": Cost(0.5, 2.0, 0.5)}

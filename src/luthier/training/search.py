@@ -48,8 +48,9 @@ def rates(bracket: tuple[float, float], count: int) -> list[float]:
 
 
 def lengths(full: int, rungs: int) -> tuple[int, ...]:
-    """Steps of each rung: the last is half of the full run, each one before half of the next."""
-    return tuple(max(min(LEAST_STEPS, full), math.ceil(full / 2**power)) for power in range(rungs, 0, -1))
+    """Steps of each rung: the last is half of the full run, each one before half of the next; fewer in short runs."""
+    halves = [max(min(LEAST_STEPS, full), math.ceil(full / 2**power)) for power in range(rungs, 0, -1)]
+    return tuple(dict.fromkeys(halves))
 
 
 def search(bracket: tuple[float, float], count: int, steps: Sequence[int]) -> Search:
