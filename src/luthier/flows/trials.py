@@ -230,14 +230,20 @@ class Bench:
 
 
 def bits(model: Any) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and sum of the raw bytes of every tensor of a model: cheap, and changed by any change of a value."""
+    """Shape and sum of the raw words of every tensor of a model: cheap, and changed by any change of a value."""
     import torch
 
-    def told(tensor: Any) -> int:
-        raw = tensor.detach().contiguous().view(-1).view(torch.uint8 if tensor.element_size() % 2 else torch.int16)
-        return int(raw.sum(dtype=torch.int64))
+    seen: dict[int, int] = {}
 
-    return {name: (tuple(tensor.shape), told(tensor)) for name, tensor in model.state_dict().items()}
+    def told(tensor: Any) -> int:
+        raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        return int((raw.view(torch.int64) if raw.numel() % 8 == 0 else raw).sum(dtype=torch.int64))
+
+    def once(tensor: Any) -> int:
+        place = tensor.data_ptr()
+        return seen[place] if place in seen else seen.setdefault(place, told(tensor))  # tied weights
+
+    return {name: (tuple(tensor.shape), once(tensor)) for name, tensor in model.state_dict().items()}
 
 
 def resolve(spec: RunSpec, methods: Sequence[str | Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
