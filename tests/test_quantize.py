@@ -517,3 +517,20 @@ def test_overrides_speak_the_same_language(tmp_path):
     again = tmp_path / "again.yaml"
     again.write_text(spec.dump(spec.load(path, ["quantize=nf4"])))
     assert spec.load(again).quantize == NF4
+
+
+# --- a real model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2_in_nf4_has_the_published_bits_and_learns():
+    folder = catalog.locate("smollm2-135m")
+    model = load.load_model(folder, dtype="float32", device="cpu", quantize=NF4)
+    told = quantize.bits(model)
+    assert told.matrices == pytest.approx(4.127, abs=1e-3)
+    assert told.whole == pytest.approx(10.01, abs=0.02)  # the tied embedding, 28.3 of 134.5 million, stays in float32
+    assert told.parameters == catalog.find("smollm2-135m").parameters
+    method = registry.make("methods", {"name": "lora", "rank": 4})
+    adapted = method.attach(model, seed=0)
+    losses = laws.train(adapted, method, steps=20, rate=1e-3)
+    assert losses[-1] < 0.5 * losses[0]

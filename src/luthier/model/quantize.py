@@ -7,7 +7,7 @@ row's answer never depends on its neighbours in a pack:
 - int8 is weight-only: the product is taken with the dequantised matrix. transformers' LLM.int8 quantises activations
   too when it answers, and picks outlier columns over the whole batch.
 - the repacked 4-bit product of bitsandbytes on AVX512-BF16 processors is off. It is switched on by the first answer,
-  has no gradient, and would cut training off from the layers below without a word.
+  has no gradient, and training would lose what flows through the base's matrices.
 """
 
 from __future__ import annotations
