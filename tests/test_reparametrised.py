@@ -11,7 +11,7 @@ import torch
 from networks import network
 
 from luthier import registry
-from luthier.adapt import drawn, halves
+from luthier.adapt import butterfly, drawn, halves
 from luthier.adapt import folder as files
 from luthier.adapt.folder import CONFIG, WEIGHTS, read_tensors
 from luthier.errors import CheckpointError, SpecError, TrainingError
@@ -310,6 +310,23 @@ def test_boft_compiles_nothing(monkeypatch):
     monkeypatch.setattr(layer, "_FBD_CUDA", None)
     monkeypatch.setattr(extension, "load", compiled)
     assert learning(method("boft").attach(network("llama"), seed=0))
+
+
+def test_bofts_blocks_lie_along_the_diagonal_and_so_do_their_gradients():
+    blocks = torch.randn(2, 5, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    expected = torch.stack([torch.block_diag(*one) for one in blocks])
+    assert torch.equal(butterfly.BlockDiagonal.forward(blocks)[0], expected)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad(expected, [blocks], upstream)
+    assert torch.equal(butterfly.BlockDiagonal.backward(upstream, blocks)[0], gradient)
+
+
+@pytest.mark.parametrize("law", ["it_learns", "merged_equals_attached", "disabled_and_detached_are_the_base"])
+def test_bofts_rotations_can_follow_each_other(law):
+    make = functools.partial(method, "boft", block=4, butterflies=2)
+    getattr(laws, law)(make)
+    adapted = make().attach(network("llama"), seed=0)
+    assert next(iter(adapted.trainable().values())).shape[0] == 2
 
 
 def test_attaching_says_nothing_on_the_screen(recwarn):

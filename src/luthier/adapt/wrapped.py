@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, ShiraConfig, get_peft_model, get_peft_model_state_dict
 from peft import set_peft_model_state_dict as set_state
-from peft.tuners.boft import layer as boft
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from luthier import contracts, store
-from luthier.adapt import allow, drawn
+from luthier.adapt import allow, butterfly, drawn
 from luthier.adapt import folder as files
 from luthier.adapt.folder import CONFIG, WEIGHTS
 from luthier.errors import CheckpointError, LuthierError, SpecError
@@ -195,8 +194,7 @@ def _is_meta(model: Any) -> bool:
 
 def _calm() -> None:
     """Say once what PEFT would ask for again and again."""
-    if boft._FBD_CUDA is None:  # else PEFT compiles C++ at BOFT's first layer; its torch path gives the same values
-        boft._FBD_CUDA = False  # type: ignore[assignment]
+    butterfly.instead_of_compiling()
     invariants = torch.sparse.check_sparse_tensor_invariants
     if not invariants.is_enabled():  # as it is; saying so silences torch, which warns where nothing was said
         invariants.disable()

@@ -1,4 +1,4 @@
-"""BOFT: OFT's rotation as a product of butterflies, so that few parameters mix all inputs (Liu et al. 2311.06243)."""
+"""BOFT: rotations in a row, each over other blocks of inputs, and a factor for every output (Liu et al. 2311.06243)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ class Options(LinearOptions):
     """BOFT's settings."""
 
     block: int = Field(4, ge=2, le=1024, description="size of a rotation's blocks; it must divide the layers' inputs")
-    butterflies: int = Field(1, ge=1, le=8, description="rotations in a row; more mix inputs that lie further apart")
+    butterflies: int = Field(
+        1, ge=1, le=8, description="rotations in a row; from 2 on, plain PEFT needs its CUDA extension"
+    )
 
 
 class Boft(OnLinears):
@@ -25,15 +27,16 @@ class Boft(OnLinears):
     bracket = (5e-5, 5e-3)
     about = contracts.About(
         family="reparametrised",
-        title="BOFT: rotations that reach further",
-        trains="small rotations, and one factor per output",
-        formula="h = s * (W R_1 R_2 ... R_m) x, each R orthogonal, in blocks",
+        title="BOFT: small rotations in a row that reach far",
+        trains="small rotations per group of inputs, and one factor per output",
+        formula="h = s * (W R_1 R_2 ... R_m) x, each R orthogonal, in blocks of reordered inputs",
         source="Liu et al. 2023, arXiv 2311.06243",
         sites=("linears",),
         text=(
-            "Like OFT, but several rotations follow each other with the inputs reordered in between, as in a fast "
-            "Fourier transform: small blocks then mix inputs that lie far apart. Each layer's outputs also get a "
-            "factor. It is slow, as every step solves for its rotations and builds whole matrices."
+            "As in OFT, inputs are turned in blocks. Several rotations can follow each other, over inputs reordered in "
+            "between as in a fast Fourier transform: small blocks then mix inputs that lie far apart. Each output also "
+            "gets a factor. With one rotation, the default, it is OFT in small blocks with such factors. It is slow, "
+            "as every step solves for its rotations and multiplies whole matrices."
         ),
         folklore=(
             (

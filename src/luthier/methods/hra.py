@@ -13,7 +13,7 @@ from luthier.methods._linears import LinearOptions, OnLinears
 class Options(LinearOptions):
     """HRA's settings."""
 
-    rank: int = Field(8, ge=2, le=512, multiple_of=2, description="number of reflections, even: pairs cancel at first")
+    rank: int = Field(4, ge=2, le=512, multiple_of=2, description="number of reflections, even: pairs cancel at first")
 
 
 class Hra(OnLinears):
@@ -32,7 +32,8 @@ class Hra(OnLinears):
         text=(
             "A reflection in a mirror is the simplest orthogonal map, and a chain of them is both a rotation of the "
             "inputs, as in OFT, and a change of low rank, as in LoRA. At first the mirrors stand in pairs that cancel. "
-            "A middle way between the two families, with few parameters and slow steps."
+            "A middle way between the two families, with few parameters. Its steps are slow and take memory: PEFT "
+            "multiplies whole matrices, one reflection after the other."
         ),
         folklore=(
             (
