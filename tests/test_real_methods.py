@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 NAMES = [name for name in registry.names("methods") if not table.needs_options(name)]
 TASK = "Name the drawer."
+# Rotations and reflections build a square matrix per layer and step: minutes on all layers, so a few of them here.
+OPTIONS = {"hra": {"target_modules": ["v_proj"]}, "boft": {"target_modules": ["v_proj"]}}
 ROWS = [
     ("A screw of four millimetres.", "drawer 12"), ("Two hinges, brass.", "drawer 7"), ("A coil of wire.", "drawer 31"),
     ("Wood glue.", "drawer 4"), ("A hinge of steel.", "drawer 7"), ("Screws, six millimetres.", "drawer 12"),
@@ -71,11 +73,11 @@ def test_the_shelf_is_long_enough():
 @pytest.mark.parametrize("name", NAMES)
 def test_twenty_steps_lower_the_loss(name, base, rendered):
     before = {key: tensor.clone() for key, tensor in list(base.state_dict().items())[::20]}
-    method = registry.make("methods", name)
+    method = registry.make("methods", {"name": name, **OPTIONS.get(name, {})})
     adapted = method.attach(base, seed=0, evidence=Evidence(base, rendered))
-    settings = TrainSpec(batch_size=4, max_steps=STEPS, schedule="constant", warmup=0.0)
+    settings = TrainSpec(batch_size=2, max_steps=STEPS, schedule="constant", warmup=0.0)
     feed = ShuffledFeed(
-        [[row] for row in rendered], batch_size=4, seed=0, epochs=99, max_steps=STEPS, budget=4096, share=True
+        [[row] for row in rendered], batch_size=2, seed=0, epochs=99, max_steps=STEPS, budget=4096, share=True
     )
     training = Training(adapted, registry.make("objectives", "sft"), feed, settings, method=method)
     losses = [step.loss for step in training]

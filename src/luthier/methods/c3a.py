@@ -23,7 +23,7 @@ class C3a(OnLinears):
     kind = "C3A"
     fresh = "exact"  # the kernels start at zero; PEFT's default draws them
     learning_rate = 5e-2
-    bracket = (1e-3, 1.0)
+    bracket = (1e-3, 0.9)
     about = contracts.About(
         family="reparametrised",
         title="C3A: circular convolutions as the update",
