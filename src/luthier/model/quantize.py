@@ -34,8 +34,8 @@ MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization
 # dequantised one (tests). Others read the packed weights as if they were numbers, which fails late or, with int8 and
 # square matrices, not at all.
 PEFT_TYPES = {
-    "ADALORA", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LN_TUNING", "LORA", "MISS", "OFT",
-    "RANDLORA", "ROAD", "VBLORA", "VERA",
+    "ADALORA", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LN_TUNING", "LORA",
+    "MISS", "OFT", "RANDLORA", "ROAD", "VBLORA", "VERA",
 }  # fmt: skip
 
 
