@@ -242,6 +242,24 @@ def test_the_trial_that_a_kill_cut_goes_on_from_its_checkpoint(tmp_path):
     assert result["digest"] == other["digest"], "with the bytes of an unbroken one"
 
 
+@pytest.mark.parametrize("step", [1, STEPS])
+def test_ctrl_c_stops_the_study_after_the_step_and_keeps_what_is_done(step, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    def press(event):
+        if isinstance(event, events.Progress) and event.total == STEPS and event.step.index == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    spec, counter = task(tmp_path), Counter(monkeypatch)
+    with pytest.raises(TrainingError, match="what was saved is kept"):
+        study.study_methods(spec, methods=["ia3"], seeds=1, on_event=press)
+    assert store.read_json(tmp_path / "runs" / "task-methods" / "record.json")["status"] == "interrupted"
+    study.study_methods(spec, methods=["ia3"], seeds=1)
+    finals = [trained for trained in counter.trained if trained[4]]
+    assert len(finals) == (2 if step == 1 else 1), "finished by its last step, it is not begun again"
+
+
 def test_every_trial_gives_the_base_back_bit_for_bit(tmp_path):
     bench = Bench.open(task(tmp_path), tmp_path / "bench")
     before = {name: tensor.clone() for name, tensor in bench.base.state_dict().items()}

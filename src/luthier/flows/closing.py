@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier import registry, store
 from luthier.contracts import Adapted
+from luthier.errors import LuthierError
 from luthier.evaluate import forgetting, speed
 from luthier.flows.events import Listener, Note, Stage
 from luthier.flows.judge import Judge
@@ -89,9 +90,13 @@ def _speed(bench: Bench, result: Result, tell: Listener) -> dict[str, Any]:
     adapted: Adapted = method.load(copy.deepcopy(bench.base), bench.adapter(result))
     adapted.model.eval()
     attached = speed.against(bench.base, adapted.model, prompts)
-    if method.not_merged:
-        return {"attached": attached, "merged": None}
-    return {"attached": attached, "merged": speed.against(bench.base, adapted.merge().eval(), prompts)}
+    merged = None
+    if not method.not_merged:
+        try:
+            merged = speed.against(bench.base, adapted.merge().eval(), prompts)
+        except LuthierError as error:  # such as a quantised base, into which nothing is folded
+            tell(Note(f"{method.name} is not measured merged: {error}"))
+    return {"attached": attached, "merged": merged}
 
 
 def _room_for_copy(model: Any) -> bool:

@@ -32,6 +32,7 @@ FORMAT = 1  # of a kept trial: raised when what a trial does changes
 DEV_ROWS = 400  # rows that a dev loss is taken on, chosen once by content
 SEARCH_LOOKS, SAVES = 2, 4  # dev losses of a search trial, checkpoints of any trial
 WORTH_SAVING = 30.0  # seconds that a killed trial may lose: shorter ones keep no checkpoint
+STOPPED, GO_ON = "stopped; what was saved is kept", "the same command goes on from here"
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -55,12 +56,15 @@ class Bench:
     """Rows and base of a study, in this process."""
 
     def __init__(self, spec: RunSpec, prepared: Prepared, folder: Path, tell: Listener = silent) -> None:
+        from luthier.model import quantize
+
         self.spec, self.prepared, self.folder = spec, prepared, folder
         self.base, self.identity = flow._load_base(spec, prepared, tell)
         self.share: bool = not prepared.separate and spec.train.share_prefixes
-        self.weights: int = sum(parameter.numel() for parameter in self.base.parameters())
+        self.weights: int = quantize.parameters(self.base)
         self.full: int = prepared.feed(share=False).total_steps
         self._bits = bits(self.base)
+        self._stop = False
 
     @classmethod
     def open(cls, spec: RunSpec, folder: Path, tell: Listener = silent) -> Bench:
@@ -140,6 +144,8 @@ class Bench:
         result["seconds"] = time.perf_counter() - began
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
         store.write_json(place.with_suffix(".json"), result)
+        if self._stop:  # asked for in the last step: the trial is kept, what would follow waits
+            raise TrainingError(STOPPED, remedy=GO_ON)
         return result
 
     @contextmanager
@@ -188,9 +194,9 @@ class Bench:
             steps.append(step)
             usual = statistics.median(one.seconds for one in steps)
             tell(Progress(step, trial.steps, usual * (trial.steps - step.index)))
-        outcome = training.outcome
+        outcome, self._stop = training.outcome, bool(training.stop)
         if outcome.ended == "interrupted":
-            raise TrainingError("stopped; what was saved is kept", remedy="the same command goes on from here")
+            raise TrainingError(STOPPED, remedy=GO_ON)
         return {
             "status": "complete",
             "dev_loss": outcome.best_dev_loss,

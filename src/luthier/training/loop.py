@@ -67,6 +67,7 @@ class Training:
         self.feed, self.settings = feed, settings
         self.progress = Progress()
         self.resumed_from: int | None = None
+        self.stop = Stop()  # says whether someone asked for an end, be it in the last step
         self.notes: list[str] = []
         self._model, self._adapted = adapted.model, adapted
         self._peak_rate = settings.learning_rate or (method or Method).learning_rate
@@ -90,6 +91,7 @@ class Training:
     def __iter__(self) -> Iterator[Step]:
         """Train, yielding each finished step before it is saved, so that a log never lacks a saved step."""
         with asked_to_stop() as stop, _mode(self._model, training=True):
+            self.stop = stop
             self._begin()
             while not self._finished():
                 step, best = self._advance()
