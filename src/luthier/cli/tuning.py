@@ -204,7 +204,7 @@ def study_methods(
     budget: Annotated[str | None, typer.Option(help="time to spend, such as 45m or 2h")] = None,
     seeds: Annotated[int, typer.Option(help="runs of each of the best methods", min=1)] = 3,
     top: Annotated[int, typer.Option(help="how many methods are run with every seed", min=1)] = 4,
-    limit: Annotated[int | None, typer.Option(help="judge only so many test rows", min=1)] = None,
+    limit_test: Annotated[int | None, typer.Option(help="judge only so many test rows", min=1)] = None,
     ray: Annotated[str | None, typer.Option(help="a Ray cluster's address, or local")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -222,7 +222,7 @@ def study_methods(
             budget=flow.seconds_of(budget) if budget else None,
             seeds=seeds,
             top=top,
-            limit=limit,
+            limit=limit_test,
             ray=ray,
             on_event=listener,
         )

@@ -65,7 +65,10 @@ def export(
     if as_json:
         dump(told)
         return
-    print(f"Written to {told['folder']}: merged and attached agree within {told['largest_difference']:.2g} nats")
+    print(
+        f"Written to {told['folder']}: folded into the base {told['base']}; merged and attached agree within "
+        f"{told['largest_difference']:.2g} nats"
+    )
 
 
 @models.command("list")
