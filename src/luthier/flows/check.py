@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier import registry
 from luthier.data.check import FAULT, WARNING, CheckReport, Finding
 from luthier.data.check import check as look
 from luthier.data.profile import Lengths
@@ -20,14 +19,11 @@ from luthier.flows.prepare import Prepared, assemble, limit_of, render_rows
 from luthier.records import Rendered
 from luthier.spec import RunSpec
 from luthier.text import pack, show
-from luthier.training import plan
-from luthier.training.feed import ShuffledFeed
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 STYLES = {FAULT: "bold red", WARNING: "yellow"}
-WHOLE = 1 << 40  # epochs that no run reaches: max_steps decides
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def check(spec: RunSpec, *, forecast: bool = True, on_event: Listener | None = N
     long = any(limit is not None and len(row.ids) > limit for row in rendering.rendered)
     ready = None if report.faults else assemble(found, [], None if long else rendering)
     if ready is not None and forecast:
-        tell(Stage("measure this machine", "a quarter of a second of matrix products"))
+        tell(Stage("rehearse a step", "without weights, and measure this machine"))
     packs = pack.plan(ready.rendered_train, budget=spec.train.tokens_per_pack, share=_shares(ready)) if ready else []
     shared = pack.sharing(packs)
     return Checked(
@@ -103,56 +99,20 @@ def check(spec: RunSpec, *, forecast: bool = True, on_event: Listener | None = N
 
 
 def foresee(prepared: Prepared) -> dict[str, Any]:
-    """What tuning will cost on this machine: bytes, seconds, tokens. Answering the held-out rows comes on top."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """What the run will cost on this machine: bytes, seconds, tokens."""
+    from luthier.flows.plan import Planner
 
-    from luthier.model import load
-    from luthier.model.quiet import quiet
-
-    spec = prepared.spec
-    device = load.pick_device(spec.model.device)
-    dtype = load.pick_dtype(spec.model.dtype, device)
-    config = AutoConfig.from_pretrained(prepared.model_folder, trust_remote_code=spec.model.trust_remote_code)
-    with quiet(), torch.device("meta"):  # shapes without weights
-        bare: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=spec.model.trust_remote_code
-        )
-        facts = plan.facts_of(bare)
-        method = registry.make("methods", spec.method, "method")
-        trainable = sum(weight.numel() for weight in method.attach(bare, seed=0).trainable().values())
-    feed, settings = _feed(prepared), spec.train
-    every = settings.eval_every or max(1, feed.steps_per_epoch // 2)
-    dev = pack.plan(prepared.rendered_dev, budget=settings.tokens_per_pack, share=_shares(prepared))
-    forecast = plan.plan(
-        facts,
-        trainable=trainable,
-        work=plan.tally(feed),
-        gigaflops=plan.measure(facts, dtype=dtype, device=device),
-        checkpointing=settings.checkpointing,
-        evaluations=-(-feed.total_steps // every),
-        dev=plan.tally_packs(dev),
-    )
+    planned = Planner(prepared).at(prepared.spec)
+    forecast = planned.forecast
     return {
         **dataclasses.asdict(forecast),
         "sharing_factor": forecast.sharing_factor,
-        "parameters": facts.parameters,
-        "trainable": trainable,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "free_bytes": free_memory(device),
+        "parameters": planned.parameters,
+        "trainable": planned.trainable,
+        "dtype": planned.dtype,
+        "device": planned.device,
+        "free_bytes": planned.free_bytes,
     }
-
-
-def free_memory(device: str) -> int:
-    """Bytes that are free for training on a device now."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _lengths(row: Rendered) -> Lengths:
@@ -161,24 +121,6 @@ def _lengths(row: Rendered) -> Lengths:
 
 def _shares(prepared: Prepared) -> bool:
     return prepared.spec.train.share_prefixes and not prepared.separate
-
-
-def _feed(prepared: Prepared) -> ShuffledFeed:
-    """The run's feed; for a stream, one over its first rows that is as long as the run."""
-    if prepared.stream is None:
-        feed = prepared.feed(share=_shares(prepared))
-        assert isinstance(feed, ShuffledFeed), "rows in memory are shuffled"
-        return feed
-    settings = prepared.spec.train
-    return ShuffledFeed(
-        [prepared.branches(example) for example in prepared.train],
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        epochs=WHOLE,
-        max_steps=settings.max_steps,
-        budget=settings.tokens_per_pack,
-        share=_shares(prepared),
-    )
 
 
 def print_checked(checked: Checked, console: Console) -> None:
@@ -223,13 +165,13 @@ def forecast_words(told: Mapping[str, Any]) -> str:
     low, high = told["seconds_low"], told["seconds_high"]
     gib = 2**30
     text = (
-        f"Forecast: {told['steps']} steps of tuning take {_duration(low)} to {_duration(high)} on {told['device']} "
-        f"({told['dtype']}, {told['gigaflops']:.0f} GFLOP/s) and {told['peak_bytes'] / gib:.1f} to "
+        f"Forecast: {told['steps']} steps and the answers take {_duration(low)} to {_duration(high)} on "
+        f"{told['device']} ({told['dtype']}, {told['gigaflops']:.0f} GFLOP/s) and {told['peak_bytes'] / gib:.1f} to "
         f"{told['peak_bytes_high'] / gib:.1f} GiB of memory ({told['free_bytes'] / gib:.1f} GiB are free); "
-        f"{told['trainable']:,} of {told['parameters']:,} parameters learn. Answering the held-out rows comes on top."
+        f"{told['trainable']:,} of {told['parameters']:,} parameters learn."
     )
     if told["peak_bytes_high"] > told["free_bytes"]:
-        text += " It may not fit: lower train.tokens_per_pack or set train.checkpointing: true."
+        text += " It may not fit: `luthier plan` says what would."
     return text
 
 
