@@ -168,12 +168,13 @@ def plan(
 ) -> None:
     """Forecast memory and time before anything is loaded."""
     from luthier import spec
+    from luthier.flows import fitting
     from luthier.flows import plan as flow
 
     with watching() as listener:
         planned = flow.plan(
             spec.load(task, overrides or ()),
-            fits=flow.bytes_of(fits) if fits else None,
+            fits=fitting.parse_size(fits) if fits else None,
             shape=shape,
             device=device,
             on_event=listener,
