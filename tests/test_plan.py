@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,10 +14,14 @@ import networks
 import pytest
 import torch
 import toy
+from rich.console import Console
 
 from luthier import registry
-from luthier.errors import UsageError
+from luthier import spec as specs
+from luthier.errors import SpecError, UsageError
 from luthier.flows import fitting
+from luthier.flows import plan as flow
+from luthier.flows.plan import Planned
 from luthier.model import shapes
 from luthier.model.batch import Batch
 from luthier.model.logprob import logprobs
@@ -58,7 +63,9 @@ def method(name: str, **options: Any) -> Any:
 
 
 def rig_of(kind: str, name: str, **options: Any) -> memory.Rig:
-    return memory.rig(memory.bare(networks.network(kind).config, torch.float32), method(name, **options))
+    return memory.rig(
+        memory.bare(networks.network(kind).config, torch.float32), method(name, **options), total_steps=50
+    )
 
 
 def shaped(name: str, how: Any = None, quantize: str = "none", **more: Any) -> memory.Rig:
@@ -118,6 +125,22 @@ def test_a_rehearsed_step_allocates_what_a_real_one_does(kind: str, name: str) -
     small, large = memory.peaks(log, 0)
     assert large.total() == pytest.approx(real_peak(kind, name, single), rel=0.03)
     assert not small and not log.live(), "nothing outlives a step"
+
+
+@pytest.mark.parametrize("name", registry.names("methods"))
+def test_every_method_on_the_shelf_can_be_planned(name: str) -> None:
+    """Or is refused in words where its shapes follow from values that a plan does not read."""
+    options = {"type": "LORA"} if name == "peft" else {}
+    single, train = one_pack(rows=3), TrainSpec()
+    try:
+        rig = rig_of("llama", name, **options)
+        log = memory.rehearse_step(rig, single)
+    except SpecError as refused:
+        assert name in ("boft", "shira") and "follow from the base's weights" in str(refused)
+        return
+    assert log.flops.total() > log.first.flops.total() or name == "head"
+    assert 0 < memory.gather(rig, {"tune": log}, train, runtime=0).total < 20e6
+    assert rig.trainable > 0
 
 
 def test_a_method_that_trains_only_the_top_keeps_less() -> None:
@@ -354,18 +377,119 @@ def test_this_machine_multiplies() -> None:
 # --- sizes and settings that fit
 
 
-@pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("800mb", 800e6), ("1.5GB", 1.5e9)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("800mb", 800e6), ("1.5GB", 1.5e9), ("24", 24)]
+)
 def test_sizes_are_read(text: str, size: float) -> None:
     assert fitting.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "24", "much", "24XB", "-3GB"])
+@pytest.mark.parametrize("text", ["", "much", "24XB", "-3GB"])
 def test_other_sizes_are_refused(text: str) -> None:
-    if text == "24":
-        assert fitting.parse_size(text) == 24
-        return
     with pytest.raises(UsageError):
         fitting.parse_size(text)
+
+
+class Formula:
+    """A planner whose memory follows the settings by a formula; it counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def at(self, wanted: Any) -> Planned:
+        self.asked += 1
+        train, tokens = wanted.train, wanted.train.tokens_per_pack
+        parts = {
+            "weights": 200 if wanted.quantize.name == "nf4" else 800,
+            "activations": tokens // (8 if train.checkpointing else 1),
+        }
+        seconds = 10.0 * (1.5 if train.checkpointing else 1) + 1000 / tokens
+        told = memory.Memory(parts, {"tune": sum(parts.values()), "answer": 20 * wanted.evaluate.batch_size})
+        work = tally_packs([one_pack()])
+        forecast = plan(told, work, Cost(seconds * 1e9), speed=Speed(1, 1))
+        return Planned(
+            name="t", base="b", method=wanted.method["name"], device="cpu", dtype="float32", forecast=forecast,
+            memory=told, parameters=10, trainable=1, adapter_bytes=4, free_bytes=10**9,
+        )  # fmt: skip
+
+
+def task(tmp_path: Path, folder: Path, **more: Any) -> Any:
+    rows = [{"prompt": f"which colour has thing {n * 7919 % 1000}", "answer": f"colour {n % 7}"} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    tree = {
+        "model": str(folder), "data": {"train": [str(tmp_path / "rows.jsonl")], "dev": 0.2, "test": 0.2},
+        "template": "plain", "runs": str(tmp_path / "runs"), "name": "t", **more,
+    }  # fmt: skip
+    return specs.build(tree)
+
+
+@pytest.mark.parametrize(
+    ("limit", "first"),
+    [
+        (3500, ["train.tokens_per_pack=2048"]),
+        (1800, ["train.tokens_per_pack=512"]),
+        (1400, ["train.checkpointing=true", "train.tokens_per_pack"]),
+        (700, ["quantize=nf4"]),
+    ],
+)
+def test_what_fits_is_proposed_cheapest_first(tmp_path: Path, tiny_folder: Path, limit: int, first: list[str]) -> None:
+    wanted = task(tmp_path, tiny_folder)
+    planner: Any = Formula()
+    now = planner.at(wanted)
+    found, notes = fitting.propose(planner, wanted, now, limit)
+    assert found and not notes and planner.asked <= fitting.MOST_PLANS + 1
+    assert any(all(any(said.startswith(part) for said in one.overrides) for part in first) for one in found)
+    for one in found:
+        again = planner.at(fitting.changed(wanted, one.overrides))
+        assert again.forecast.peak_bytes_high <= limit and again.forecast.peak_bytes == one.peak_bytes
+        assert one.slower == pytest.approx(again.forecast.seconds / now.forecast.seconds)
+
+
+def test_where_nothing_fits_it_says_what_would(tmp_path: Path, tiny_folder: Path) -> None:
+    wanted = task(tmp_path, tiny_folder)
+    planner: Any = Formula()
+    found, (note,) = fitting.propose(planner, wanted, planner.at(wanted), 100)
+    assert not found and "smaller base" in note
+
+
+def test_smaller_batches_of_answers_are_proposed_where_they_are_the_trouble(tmp_path: Path, tiny_folder: Path) -> None:
+    wanted = task(tmp_path, tiny_folder, train={"tokens_per_pack": 64}, evaluate={"batch_size": 128})
+    planner: Any = Formula()
+    (first, *_), _ = fitting.propose(planner, wanted, planner.at(wanted), 2000)
+    assert first.overrides == ("evaluate.batch_size=32",)
+
+
+def test_a_task_is_planned_and_nothing_is_written(tmp_path: Path, tiny_folder: Path) -> None:
+    wanted = task(tmp_path, tiny_folder)
+    planned = flow.plan(wanted, fits=fitting.parse_size("20GB"))
+    told = json.loads(json.dumps(planned.as_dict()))
+    assert set(told) == {
+        "task", "base", "method", "device", "dtype", "memory", "time", "tokens", "parameters", "trainable",
+        "adapter_bytes", "proposals", "notes",
+    }  # fmt: skip
+    assert sum(told["memory"]["parts"].values()) == told["memory"]["peak_bytes"] > memory.RUNTIME
+    assert {"tune", "answer", "save", "load"} <= told["memory"]["phases"].keys()
+    assert told["memory"]["fits"] is True and told["proposals"] == []
+    assert 0 < told["time"]["seconds_low"] < told["time"]["seconds"] < told["time"]["seconds_high"]
+    assert set(told["time"]["stages"]) == {"tune", "look", "answer"}
+    assert told["adapter_bytes"] == 4 * told["trainable"]
+    assert not (tmp_path / "runs").exists()
+    screen = io.StringIO()
+    flow.print_planned(planned, Console(file=screen, width=120))
+    assert "at the worst moment" in screen.getvalue() and "it fits" in screen.getvalue()
+
+
+def test_another_base_and_device_are_planned_from_their_sizes(tmp_path: Path, tiny_folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    wanted = task(tmp_path, tiny_folder, quantize="nf4")
+    planned = flow.plan(wanted, shape="smollm2-135m", device="cuda")
+    assert planned.parameters == PARAMETERS["smollm2-135m"] and planned.dtype == "bfloat16"
+    assert planned.forecast.seconds is None and planned.free_bytes is None and planned.fits is None
+    assert len(planned.notes) == 2 and planned.memory.parts["constants"] > 0
+    screen = io.StringIO()
+    flow.print_planned(planned, Console(file=screen, width=120))
+    assert "FLOP" in screen.getvalue()
 
 
 # --- real processes

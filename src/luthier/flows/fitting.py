@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from luthier import registry
 from luthier import spec as specs
-from luthier.errors import Fault, SpecError, UsageError
+from luthier.errors import Fault, SpecError, TrainingError, UsageError
 from luthier.flows.plan import PARTS, Planned, Planner, Proposal
 from luthier.spec import RunSpec
 from luthier.training.plan import SPREAD, Forecast
@@ -39,7 +39,7 @@ def propose(planner: Planner, spec: RunSpec, planned: Planned, limit: int) -> tu
     for overrides, note in itertools.islice(_candidates(spec, planned, limit), MOST_PLANS):
         try:
             tried = planner.at(changed(spec, overrides))
-        except SpecError:  # the method refuses this base, or the settings do not go together
+        except (SpecError, TrainingError):  # the method refuses this base, or the settings do not go together
             continue
         if smallest is None or tried.forecast.peak_bytes < smallest.forecast.peak_bytes:
             smallest = tried

@@ -177,8 +177,9 @@ class Planner:
         """Plan the run under these settings; SpecError where the method refuses the base."""
         from luthier.training import memory
 
-        prepared, settings, (rig, which) = dataclasses.replace(self.prepared, spec=spec), spec.train, self._rig(spec)
+        prepared, settings = dataclasses.replace(self.prepared, spec=spec), spec.train
         feed = feed_of(prepared, share=self.share)
+        rig, which = self._rig(spec, feed.total_steps)
         work = costs.tally(feed)
         largest = work.largest
         assert largest is not None, "a feed has packs"
@@ -209,7 +210,7 @@ class Planner:
             notes=self._notes(),
         )
 
-    def _rig(self, spec: RunSpec) -> tuple[Any, str]:
+    def _rig(self, spec: RunSpec, steps: int) -> tuple[Any, str]:
         """The base with the method on it, without numbers, and what it is known by."""
         from luthier.training import memory
 
@@ -217,7 +218,7 @@ class Planner:
         if which not in self._rigs:
             model = memory.bare(self.config, self.dtype, trust_remote_code=spec.model.trust_remote_code)
             method = registry.make("methods", spec.method, "method")
-            self._rigs[which] = memory.rig(model, method, device=self.device, quantize=spec.quantize)
+            self._rigs[which] = memory.rig(model, method, device=self.device, quantize=spec.quantize, total_steps=steps)
         return self._rigs[which], which
 
     def _once(self, key: tuple[Any, ...], rehearse: Callable[[], Any]) -> Any:

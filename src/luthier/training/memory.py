@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.contracts import Adapted, Method
+from luthier.errors import SpecError
 from luthier.model import attention
 from luthier.model.batch import Batch
 from luthier.model.logprob import head_logits, head_logprobs, hidden_states
 from luthier.model.quiet import quiet
-from luthier.records import Pack
+from luthier.records import Loss, Pack
 from luthier.spec import QuantizeSpec, TrainSpec
 from luthier.training import moments
 from luthier.training.rehearsal import Log, Rehearsal, fused_attention
@@ -35,6 +36,9 @@ RUNTIME = 520_000_000
 CUDA_CONTEXT = 500_000_000  # kernels and workspaces on the device; not measured here
 SMALL = 32 * 2**20  # glibc keeps blocks up to this size in its heap, where they leave holes; larger ones are mapped
 HOLES = {"cpu": 0.3, "cuda": 0.1}  # of the blocks that leave holes; 0.28 to 0.37 measured on glibc, cuda not measured
+# Recomputing takes and gives back each layer's blocks between blocks that stay, and glibc's heap comes apart: 2.1 to
+# 5.1 times what is needed at once, in four measured cases (docs/plan.md).
+HOLES_RECOMPUTING = 3.7
 FLOAT32 = 4
 LOGITS, ACTIVATIONS, GRADIENTS = "logits", "activations", "gradients"
 
@@ -84,12 +88,25 @@ def bare(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) ->
     return model.eval().requires_grad_(False)
 
 
-def rig(model: Any, method: Method, *, device: str = "cpu", quantize: QuantizeSpec | None = None) -> Rig:
+class Length:
+    """What a plan knows of a run before it is one; satisfies `contracts.Evidence`, without rows."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+
+    def losses(self, count: int) -> Iterator[Loss]:
+        """None: there are no numbers to take a loss of."""
+        yield from ()
+
+
+def rig(
+    model: Any, method: Method, *, device: str = "cpu", quantize: QuantizeSpec | None = None, total_steps: int = 1
+) -> Rig:
     """Attach a method to a bare model; raise SpecError where it refuses this base."""
     kept, parameters = weigh(model, quantize), sum(p.numel() for p in model.parameters())
     base = [*model.parameters(), *model.buffers()]
     with quiet(), torch.device("meta"), Rehearsal(base, redirect=False) as rehearsal:
-        adapted = method.attach(model, seed=0)
+        adapted = method.attach(model, seed=0, evidence=Length(total_steps))
     trainable = adapted.trainable()
     rehearsal.rename("adapter", trainable.values())
     if kept.largest:
@@ -151,7 +168,7 @@ def rehearse_step(rig: Rig, pack: Pack, *, checkpointing: bool = False) -> Log:
     """Run forward and backward of one training pack."""
     batch = _batch(pack, rig.device)
     rehearsal = Rehearsal(_known(rig))
-    with _training(rig.model, checkpointing), fused_attention(), rehearsal:
+    with _in_words(), _training(rig.model, checkpointing), fused_attention(), rehearsal:
         states = hidden_states(rig.model, batch).index_select(0, batch.target_source)
         with rehearsal.named(LOGITS):
             logprobs = head_logprobs(rig.model, states, batch.target_ids)
@@ -251,6 +268,18 @@ def _batch(pack: Pack, device: str) -> Batch:
 
 
 @contextmanager
+def _in_words() -> Iterator[None]:
+    """Refuse a method whose step asks for what is not there: values, or what it would have made of them."""
+    try:
+        yield
+    except (RuntimeError, LookupError) as error:
+        what = (
+            f"its steps follow from the base's weights, which a plan does not read ({str(error).splitlines()[0][:99]})"
+        )
+        raise SpecError(what, where="method", remedy="`luthier train` measures what it takes") from error
+
+
+@contextmanager
 def _training(model: Any, checkpointing: bool) -> Iterator[None]:
     model.train()
     if checkpointing:
@@ -297,15 +326,14 @@ def gather(
     standing = sum(parts.values())
     threshold = 0 if family == "cuda" else SMALL if sys.platform == "linux" else 1 << 62
     found = {name: peaks(log, threshold) for name, log in phases.items()}
-    alone = {
-        name: standing + int(small.total() * (1 + HOLES[family]) + large.total())
-        for name, (small, large) in found.items()
-    }
-    small, large = _worst(part for part, _ in found.values()), _worst(part for _, part in found.values())
-    if family == "cuda":  # one pool: its peak counts all blocks together
-        small, large = large, Counter()
-    parts |= dict(small + large)
-    parts["holes"] = int(HOLES[family] * small.total())
+    if family == "cuda":  # one pool: all blocks leave holes
+        found = {name: (large, Counter()) for name, (_, large) in found.items()}
+    for name, (small, _) in found.items():
+        recomputing = family == "cpu" and name == "tune" and train.checkpointing
+        small["holes"] = int(small.total() * (HOLES_RECOMPUTING if recomputing else HOLES[family]))
+    alone = {name: standing + small.total() + large.total() for name, (small, large) in found.items()}
+    # A heap does not shrink between phases, mapped blocks come on top: the worst of each, whenever it was.
+    parts |= dict(_worst(small for small, _ in found.values()) + _worst(large for _, large in found.values()))
     if family == "cpu":
         alone["load"] = parts["runtime"] + rig.kept.weights + rig.kept.constants + file_bytes
         if alone["load"] > sum(parts.values()):

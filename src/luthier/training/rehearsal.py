@@ -57,7 +57,8 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, operations run on the meta device and are logged; real tensors stay real among themselves.
 
     Floating numbers made without an input (zeros, empty) are made on the meta device too, so that code that is written
-    for one device runs unchanged. Values of meta tensors cannot be asked for: torch raises.
+    for one device runs unchanged. A single value that is asked for is zero, a mask selects everything, and shapes that
+    depend on other values cannot be rehearsed: torch raises.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), *, redirect: bool = True) -> None:
@@ -105,11 +106,15 @@ class Rehearsal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run an operation; what it makes of nothing, or copies from a meta tensor, is a meta tensor too."""
         first = next(_tensors((*args, *kwargs.values())), None)
+        if first is not None and first.is_meta and func is aten._local_scalar_dense.default:
+            return 0  # asked whether something is wrong with its values: it is not
+        if func is aten.index.Tensor and first is not None and first.is_meta:
+            args = (first, [_everything(index) for index in args[1]])
         if not self._redirect or not _takes_device(func) or not (first is None or first.is_meta):
             return func(*args, **kwargs)
         out = func(*args, **{**kwargs, "device": torch.device("meta")})
-        numbers = first is not None or out.is_floating_point()
-        return out if numbers else func(*args, **kwargs)  # positions and masks: code asks for their values
+        numbers = first is not None or (out.is_floating_point() and out.numel() > 1)
+        return out if numbers else func(*args, **kwargs)  # positions, masks, dice: code asks for their values
 
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -141,6 +146,13 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from (inner for inner in value if isinstance(inner, torch.Tensor))
+
+
+def _everything(index: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask whose values are not there selects all of its row: the most that it can."""
+    if index is None or not index.is_meta or index.dtype != torch.bool or index.dim() != 1:
+        return index
+    return torch.empty(len(index), dtype=torch.long, device="meta")
 
 
 def _together(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
