@@ -247,7 +247,7 @@ def test_every_command_has_a_page():
     from luthier.cli import app
 
     for command in app.registered_commands:
-        assert f"luthier {command.callback.__name__}" in told
+        assert f"luthier {command.name or command.callback.__name__}" in told
 
 
 def test_both_readmes_say_the_same():
