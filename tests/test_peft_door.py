@@ -226,3 +226,15 @@ def test_a_plan_that_needs_weights_says_so():
     with pytest.raises(SpecError, match="a plan does not read"):
         through("ADAMSS")().attach(base, seed=0)
     assert through("GLORA")().attach(base, seed=0).trainable()
+
+
+def test_a_package_that_a_type_needs_is_named(monkeypatch):
+    from luthier.adapt import wrapped
+
+    def lacks(*arguments, **options):
+        raise ImportError("scikit-learn is required for AdaMSS. Please install it")
+
+    base = network("llama")
+    monkeypatch.setattr(wrapped, "get_peft_model", lacks)
+    with pytest.raises(SpecError, match="pip install scikit-learn"):
+        registry.make("methods", {"name": "peft", "type": "adamss"}).attach(base, seed=0)

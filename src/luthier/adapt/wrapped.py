@@ -112,6 +112,11 @@ def attach(model: Any, config: PeftConfig, *, seed: int, made: Made = PeftAdapte
         except (ValueError, TypeError, RuntimeError, AssertionError, NotImplementedError, IndexError) as error:
             unwrap(model)
             raise _impossible(model, config, error) from error
+        except ImportError as error:  # a package that only this type of PEFT's needs
+            unwrap(model)
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            package = "scikit-learn" if "scikit" in str(error) else str(error.name or "the package it names")
+            raise SpecError(f"{kind}: {error}", where="method.type", remedy=f"pip install {package}") from error
         _keep_dtype(wrapped, model)
         try:
             adapted = made(wrapped)  # type: ignore[arg-type]
