@@ -105,15 +105,6 @@ def test_a_type_with_a_page_goes_through_the_door_as_well(kind, tmp_path):
     laws.saved_and_loaded_is_the_same(through(kind), tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(set(door.OPEN) - set(ALONE)))
-@pytest.mark.parametrize(
-    "law", [*LAWS, *SLOWER], ids=lambda law: getattr(law, "__name__", str(getattr(law, "keywords", law)))
-)
-def test_a_type_with_a_page_keeps_all_laws_through_the_door(kind, law, tmp_path):
-    hold(law, kind, tmp_path)
-
-
 @pytest.mark.parametrize("kind", sorted(door.REFUSED))
 def test_a_refused_type_is_refused_in_a_task_and_in_a_folder(kind, tmp_path):
     (fault,) = registry.check("methods", {"name": "peft", "type": kind.lower()}, "method")
