@@ -19,8 +19,12 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 NAMES = [name for name in registry.names("methods") if not table.needs_options(name)]
 TASK = "Name the drawer."
-# Rotations and reflections build a square matrix per layer and step: minutes on all layers, so a few of them here.
-OPTIONS = {"hra": {"target_modules": ["v_proj"]}, "boft": {"target_modules": ["v_proj"]}}
+# Some build a whole matrix per layer and step: slow on all layers, so they have a few of them here.
+SQUARE, WHOLE = ("hra", "boft"), ("fourierft", "waveft", "loha", "hira", "randlora", "lokr")
+OPTIONS = {
+    **{name: {"target_modules": ["v_proj"]} for name in SQUARE},
+    **{name: {"target_modules": ["q_proj", "v_proj"]} for name in WHOLE},
+}
 ROWS = [
     ("A screw of four millimetres.", "drawer 12"), ("Two hinges, brass.", "drawer 7"), ("A coil of wire.", "drawer 31"),
     ("Wood glue.", "drawer 4"), ("A hinge of steel.", "drawer 7"), ("Screws, six millimetres.", "drawer 12"),
