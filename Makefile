@@ -14,6 +14,8 @@ EXTRAS ?= dev
 # are made once.
 FAST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 SLOW := $(BIN)/python -m pytest -m "slow and not gpu" --durations=10
+# Many short trainings gain more from two processes than from two threads; the rest measures with both.
+MANY := tests/test_real_methods.py tests/test_peft_door.py
 
 .PHONY: help venv demo test test-fast test-slow lint format bench clean
 
@@ -42,7 +44,8 @@ test-fast: venv
 	$(FAST)
 
 test-slow: venv
-	$(SLOW)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(SLOW) -n 2 --dist load $(MANY)
+	$(SLOW) $(addprefix --ignore=,$(MANY))
 
 lint: venv
 	$(BIN)/ruff check .
