@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from networks import network
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from luthier.adapt.folder import CONFIG, OWN, WEIGHTS
@@ -175,6 +176,7 @@ def saved_and_loaded_is_the_same(make: Make, folder: Path) -> None:
     train(adapted, method)
     adapted.save(folder)
     assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
+    assert adapted.saved_bytes() == sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS).values())
     again = make().load(network("llama"), folder)
     assert torch.equal(logits(again.model), logits(adapted.model))
     twice = folder / "again"
@@ -303,7 +305,7 @@ def it_survives_a_kill(make: Make, folder: Path) -> None:
 
 def damage_is_refused(make: Make, folder: Path, damage: str) -> None:
     """A tensor missing, extra, misshapen or not finite, or another base, is an error and never a guess."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from luthier.errors import CheckpointError, SpecError
 

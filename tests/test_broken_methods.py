@@ -33,6 +33,9 @@ class Wrapped(Adapted):
     def save(self, folder):
         self.inner.save(folder)
 
+    def saved_bytes(self):
+        return self.inner.saved_bytes()
+
     def merge(self):
         return self.inner.merge()
 
@@ -176,7 +179,12 @@ class LeavesMore(Wrapped):
         (folder / "optimizer.bin").write_bytes(b"")
 
 
-@pytest.mark.parametrize("wrap", [Rounds, LeavesMore])
+class Boasts(Wrapped):
+    def saved_bytes(self):
+        return self.inner.saved_bytes() // 2
+
+
+@pytest.mark.parametrize("wrap", [Rounds, LeavesMore, Boasts])
 def test_saved_and_loaded_is_the_same(wrap, tmp_path):
     caught(laws.saved_and_loaded_is_the_same, make(wrap), tmp_path)
 

@@ -198,7 +198,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     written, lines = _parse(text, str(path))
     tree, faults = _resolve_aliases(written, lines, str(path))
     for override in overrides:
-        faults += _override(tree, override)
+        faults += override_with(tree, override)
     spec = build(tree, str(path), lines, faults)
     if not spec.name:
         spec.name = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-.") or "run"
@@ -311,7 +311,8 @@ def _resolve_aliases(tree: Mapping[str, Any], lines: dict[str, int], where: str)
     return result, faults
 
 
-def _override(tree: dict[str, Any], text: str) -> list[Fault]:
+def override_with(tree: dict[str, Any], text: str) -> list[Fault]:
+    """Write one `a.b=c` into a tree of settings; the faults of doing so."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
         return [Fault(text, "is not a setting", "write key.subkey=value")]

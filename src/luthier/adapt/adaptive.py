@@ -88,12 +88,12 @@ class Adaptive(wrapped.PeftAdapted):
         begun = not all(all(mask) for mask in masks.values())
         self.config.rank_pattern = masks if begun else None  # type: ignore[attr-defined]
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def kept(self) -> dict[str, torch.Tensor]:
         """All triplets, masked ones as zeros."""
         config: Any = self.config
         pattern, config.rank_pattern = config.rank_pattern, None
         try:
-            return super().tensors()
+            return super().kept()
         finally:
             config.rank_pattern = pattern
 

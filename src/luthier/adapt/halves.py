@@ -46,12 +46,12 @@ class Half(torch.nn.Module):
 class Pissa(wrapped.PeftAdapted):
     """A base with PiSSA on it. Only the learning halves are trainable; the file holds whole matrices."""
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """LoRA matrices of rank 2 r, float32 on the CPU, under PEFT's names."""
+    def kept(self) -> dict[str, torch.Tensor]:
+        """LoRA matrices of rank 2 r, under PEFT's names."""
         found = {}
         for name, module in self.wrapped.named_modules():
             if isinstance(module, Half):
-                found[f"{name.removesuffix('.default')}.weight"] = module.weight.detach().float().cpu().contiguous()
+                found[f"{name.removesuffix('.default')}.weight"] = module.weight
         return found
 
 

@@ -56,13 +56,22 @@ class PeftAdapted(contracts.Adapted):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors by the names of the file, on the CPU; numbers with a fraction as float32."""
-        with _quiet():
-            state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
         # A clone each: safetensors refuses tensors that share memory, as projections common to all layers do.
         return {
             name: (t.detach().float() if t.is_floating_point() else t.detach()).to("cpu", copy=True).contiguous()
-            for name, t in state.items()
+            for name, t in self.kept().items()
         }
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """What the file holds, by its names there, as it stands in memory."""
+        with _quiet():
+            state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
+        return state
+
+    def saved_bytes(self) -> int:
+        """How large the saved tensors are: what is kept beside what learns (positions, fixed halves) counts too."""
+        sizes = ((t.numel(), 4 if t.is_floating_point() else t.element_size()) for t in self.kept().values())
+        return sum(count * size for count, size in sizes)
 
     def save(self, folder: Path) -> None:
         """Write PEFT's two files. Saving asks no hub and pickles nothing."""

@@ -201,7 +201,9 @@ app.add_typer(study, name="study")
 def study_methods(
     task: Task,
     overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="names, with commas between")] = "lora,ia3,bottleneck,bitfit,layers,full",
+    methods: Annotated[
+        str, typer.Option(help="names, with commas between")
+    ] = "lora,ia3,bottleneck,prompt,bitfit,layers,full",
     budget: Annotated[str | None, typer.Option(help="time to spend, such as 45m or 2h")] = None,
     seeds: Annotated[int, typer.Option(help="runs of each of the best methods", min=1)] = 3,
     top: Annotated[int, typer.Option(help="how many methods are run with every seed", min=1)] = 4,

@@ -30,7 +30,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The page's HTML."""
     training = report["training"]
     pictures = {"flow": plots.flow(report["transitions"]), "curve": plots.curve(training) if training else {}}
-    return _environment().get_template(TEMPLATE).render(report=report, pictures=pictures)
+    return template_environment().get_template(TEMPLATE).render(report=report, pictures=pictures)
 
 
 def visible(text: str) -> str:
@@ -88,7 +88,8 @@ def _duration(seconds: float) -> str:
 
 
 @cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def template_environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox that pages are rendered in: everything escaped, nothing undefined."""
     environment = ImmutableSandboxedEnvironment(
         loader=PackageLoader("luthier", "evaluate"),
         autoescape=True,

@@ -19,10 +19,10 @@ def curve(training: Mapping[str, Any]) -> dict[str, Any]:
     if not values:
         return {}
     log = max(values) > 10 * min(values)
-    across = _scale(0.0, max(step for step, _ in (*loss, *dev)), CURVE["left"], CURVE["width"] - CURVE["right"])
-    ticks = _log_ticks(min(values), max(values)) if log else _ticks(0.0, max(values))
+    across = scale(0.0, max(step for step, _ in (*loss, *dev)), CURVE["left"], CURVE["width"] - CURVE["right"])
+    ticks = _log_ticks(min(values), max(values)) if log else round_ticks(0.0, max(values))
     low, high = (min(values), max(values)) if log else (0.0, max(ticks[-1], max(values)))
-    flat = _scale(_log(low, log), _log(high, log), CURVE["height"] - CURVE["bottom"], CURVE["top"])
+    flat = scale(_log(low, log), _log(high, log), CURVE["height"] - CURVE["bottom"], CURVE["top"])
 
     def place(point: Point) -> Point:
         return across(point[0]), flat(_log(max(point[1], low), log))
@@ -30,11 +30,11 @@ def curve(training: Mapping[str, Any]) -> dict[str, Any]:
     best = next(((step, value) for step, value in dev if step == training["best_step"]), None)
     return {
         **CURVE,
-        "loss": _line(map(place, loss)),
-        "dev": _line(map(place, dev)),
+        "loss": line(map(place, loss)),
+        "dev": line(map(place, dev)),
         "dots": [place(point) for point in dev],
         "best": {"at": place(best), "step": int(best[0]), "value": best[1]} if best else None,
-        "x_ticks": [(across(step), f"{step:.0f}") for step in _ticks(0.0, training["steps"])],
+        "x_ticks": [(across(step), f"{step:.0f}") for step in round_ticks(0.0, training["steps"])],
         "y_ticks": [(flat(_log(value, log)), f"{value:.3g}") for value in ticks if low <= value <= high],
         "log": log,
     }
@@ -90,12 +90,14 @@ def _ribbon(ends: Point, left: float, right: float, thick: float) -> str:
     return f"{edge('M', start, left, end, right)} {edge('L', end, right + thick, start, left + thick)} Z"
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Any:
+def scale(low: float, high: float, start: float, end: float) -> Any:
+    """A function from values to places on an axis."""
     span = (high - low) or 1.0
     return lambda value: start + (value - low) / span * (end - start)
 
 
-def _line(points: Any) -> str:
+def line(points: Any) -> str:
+    """Points as SVG writes them."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
@@ -103,7 +105,7 @@ def _log(value: float, log: bool) -> float:
     return math.log(value) if log else value
 
 
-def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round numbers from low to just above high."""
     rough = (high - low) / wanted or 1.0
     power = 10 ** math.floor(math.log10(rough))

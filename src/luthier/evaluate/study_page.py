@@ -20,5 +20,5 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
 def render(report: Mapping[str, Any]) -> str:
     """The page's HTML; every text is escaped."""
     pictures = {"scores": study_plots.scores(report), "searches": study_plots.searches(report)}
-    template = page._environment().get_template(TEMPLATE)
+    template = page.template_environment().get_template(TEMPLATE)
     return template.render(report=report, pictures=pictures, size=study_report.size, lasting=wording.lasting)

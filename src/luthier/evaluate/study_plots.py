@@ -25,8 +25,8 @@ def scores(report: Mapping[str, Any]) -> dict[str, Any]:
     highs = [one["high"] for one in (base, *(row["score"] for row in rows))]
     low, high = _rounded(min(lows), max(highs))
     first, last = _powers(min(counts), max(counts))
-    across = plots._scale(first, last, FIELD["left"], FIELD["width"] - FIELD["right"])
-    up = plots._scale(low, high, FIELD["height"] - FIELD["bottom"], FIELD["top"])
+    across = plots.scale(first, last, FIELD["left"], FIELD["width"] - FIELD["right"])
+    up = plots.scale(low, high, FIELD["height"] - FIELD["bottom"], FIELD["top"])
     points = [
         {
             "label": row["label"], "x": across(math.log10(row["trainable"])), "y": up(row["score"]["value"]),
@@ -41,7 +41,7 @@ def scores(report: Mapping[str, Any]) -> dict[str, Any]:
         "points": points,
         "base": {"y": up(base["value"]), "low": up(base["low"]), "high": up(base["high"])},
         "x_ticks": [(across(power), _count(10**power)) for power in range(math.ceil(first), math.floor(last) + 1)],
-        "y_ticks": [(up(value), f"{100 * value:.0f} %") for value in plots._ticks(low, high)],
+        "y_ticks": [(up(value), f"{100 * value:.0f} %") for value in plots.round_ticks(low, high)],
     }
 
 
@@ -60,11 +60,11 @@ def small(search: Mapping[str, Any], *, low: float, high: float) -> dict[str, An
     curve = search["curve"]
     rates = [one["rate"] for one in curve]
     edge = 0.06 * (math.log(max(rates) / min(rates)) or 1.0)
-    across = plots._scale(
+    across = plots.scale(
         math.log(min(rates)) - edge, math.log(max(rates)) + edge, SMALL["left"], SMALL["width"] - SMALL["right"]
     )
     margin = 0.08 * (high - low or 1.0)
-    up = plots._scale(low - margin, high + margin, SMALL["height"] - SMALL["bottom"], SMALL["top"])
+    up = plots.scale(low - margin, high + margin, SMALL["height"] - SMALL["bottom"], SMALL["top"])
 
     def place(one: Mapping[str, Any]) -> dict[str, Any]:
         lost = one["loss"] is None or one["loss"] > high
@@ -76,7 +76,7 @@ def small(search: Mapping[str, Any], *, low: float, high: float) -> dict[str, An
         for steps in lengths
     ]  # fmt: skip
     for line in lines:
-        line["points"] = plots._line((dot["x"], dot["y"]) for dot in line["dots"])
+        line["points"] = plots.line((dot["x"], dot["y"]) for dot in line["dots"])
     chosen = next((one for one in curve if one["rate"] == search["rate"] and one["steps"] == lengths[-1]), None)
     return {
         **SMALL,

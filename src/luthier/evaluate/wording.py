@@ -57,6 +57,14 @@ def changes(counts: Mapping[str, int]) -> str:
     return f"{counts['fixed']} fixed, {counts['broken']} broken"
 
 
+def size(count: float) -> str:
+    """Bytes in the unit that people expect of a file: `46 kB`, `20 MB`, `3.68 GB`."""
+    for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 0), ("kB", 1e3, 0)):
+        if count >= scale:
+            return f"{count / scale:.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
 def lasting(seconds: float) -> str:
     """A rough time: `45 s`, `12 min`, `1.5 h`."""
     if seconds < 100:

@@ -13,6 +13,7 @@ from luthier.data.check import check as look
 from luthier.data.profile import Lengths
 from luthier.data.split import SIDES
 from luthier.errors import Fault
+from luthier.evaluate.wording import lasting
 from luthier.flows.events import Listener, Stage, silent
 from luthier.flows.gather import gather
 from luthier.flows.prepare import Prepared, assemble, limit_of, render_rows
@@ -165,7 +166,7 @@ def forecast_words(told: Mapping[str, Any]) -> str:
     low, high = told["seconds_low"], told["seconds_high"]
     gib = 2**30
     text = (
-        f"Forecast: {told['steps']} steps and the answers take {_duration(low)} to {_duration(high)} on "
+        f"Forecast: {told['steps']} steps and the answers take {lasting(low)} to {lasting(high)} on "
         f"{told['device']} ({told['dtype']}, {told['gigaflops']:.0f} GFLOP/s) and {told['peak_bytes'] / gib:.1f} to "
         f"{told['peak_bytes_high'] / gib:.1f} GiB of memory ({told['free_bytes'] / gib:.1f} GiB are free); "
         f"{told['trainable']:,} of {told['parameters']:,} parameters learn."
@@ -194,13 +195,3 @@ def _spread(told: Mapping[str, float] | None) -> str:
 
 def _most(tokens: Mapping[str, Any]) -> str:
     return f"{tokens['total']['max']:.0f}" if tokens.get("total") else ""
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

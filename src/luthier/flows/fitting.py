@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from luthier import registry
 from luthier import spec as specs
 from luthier.errors import Fault, SpecError, TrainingError, UsageError
+from luthier.evaluate.wording import lasting, size
 from luthier.flows.plan import PARTS, Planned, Planner, Proposal
 from luthier.spec import RunSpec
 from luthier.training.plan import SPREAD, Forecast
@@ -66,7 +67,7 @@ def changed(spec: RunSpec, overrides: Sequence[str]) -> RunSpec:
         if one.startswith("method="):  # another method has other options
             tree["method"] = {"name": one.partition("=")[2]}
         else:
-            faults += specs._override(tree, one)
+            faults += specs.override_with(tree, one)
     return specs.build(tree, spec.name, faults=faults)
 
 
@@ -117,30 +118,10 @@ def _may_be_packed(spec: RunSpec) -> bool:
 
 def _short(smallest: Planned) -> str:
     base = sum(smallest.memory.parts.get(part, 0) for part in ("runtime", "weights", "constants"))
-    needs = _size(smallest.forecast.peak_bytes_high)
+    needs = size(smallest.forecast.peak_bytes_high)
     return (
-        f"nothing that was tried fits: the smallest needs {needs} with reserve, of which {_size(base)} are the base "
+        f"nothing that was tried fits: the smallest needs {needs} with reserve, of which {size(base)} are the base "
         f"and the libraries themselves; take a smaller base, or {needs} of memory"
-    )
-
-
-def _size(count: float) -> str:
-    return (
-        f"{count / 1e9:.2f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.0f} MB"
-        if count >= 1e6
-        else f"{count / 1e3:.0f} kB"
-    )
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
     )
 
 
@@ -153,20 +134,20 @@ def show(planned: Planned, console: Console) -> None:
     title = f"Memory of {planned.base} with {planned.method} on {planned.device} ({planned.dtype})"
     table = Table("part", "", title=title, title_justify="left")
     table.columns[1].justify = "right"
-    for part, size in planned.memory.parts.items():
-        table.add_row(PARTS.get(part, part), _size(size))
-    table.add_row("at the worst moment", _size(told.peak_bytes), style="bold")
+    for part, count in planned.memory.parts.items():
+        table.add_row(PARTS.get(part, part), size(count))
+    table.add_row("at the worst moment", size(told.peak_bytes), style="bold")
     console.print(table)
     room = planned.limit if planned.limit is not None else planned.free_bytes
     if room is not None:
         verdict = "it fits" if planned.fits else "it may not fit"
-        allowed = f"{'allowed' if planned.limit else 'free'} {_size(room)}"
-        words = f"With reserve {_size(told.peak_bytes_high)}, {allowed}: {verdict}."
+        allowed = f"{'allowed' if planned.limit else 'free'} {size(room)}"
+        words = f"With reserve {size(told.peak_bytes_high)}, {allowed}: {verdict}."
         console.print(Text(words, "green" if planned.fits else "bold red"))
     _show_time(told, console)
     console.print(
         f"{told.steps} steps; shared prefixes: {told.sharing_factor:.1f} times fewer tokens; {planned.trainable:,} of "
-        f"{planned.parameters:,} parameters learn; the adapter takes {_size(planned.adapter_bytes)} on disk."
+        f"{planned.parameters:,} parameters learn; the adapter takes {size(planned.adapter_bytes)} on disk."
     )
     _show_proposals(planned, console)
     for note in planned.notes:
@@ -177,9 +158,9 @@ def _show_time(told: Forecast, console: Console) -> None:
     if told.seconds_low is None or told.seconds_high is None:
         console.print(f"{sum(told.flops.values()) / 1e15:.2f} PFLOP in all")
         return
-    stages = (f"{STAGES[name]} {_time(low)} to {_time(high)}" for name, (low, high) in told.stages.items())
+    stages = (f"{STAGES[name]} {lasting(low)} to {lasting(high)}" for name, (low, high) in told.stages.items())
     console.print(
-        f"Time: {_time(told.seconds_low)} to {_time(told.seconds_high)} at {told.gigaflops:.0f} GFLOP/s measured "
+        f"Time: {lasting(told.seconds_low)} to {lasting(told.seconds_high)} at {told.gigaflops:.0f} GFLOP/s measured "
         f"({', '.join(stages)})"
     )
 
@@ -192,7 +173,7 @@ def _show_proposals(planned: Planned, console: Console) -> None:
         return
     table = Table("settings", "peak", "time", "", title="What fits", title_justify="left")
     for one in planned.proposals:
-        price = f"{one.slower:.1f} times" if one.seconds is None else f"{_time(one.seconds)} ({one.slower:.1f} times)"
-        cells = (" ".join(one.overrides), _size(one.peak_bytes), price, one.note)
+        price = f"{one.slower:.1f} times" if one.seconds is None else f"{lasting(one.seconds)} ({one.slower:.1f} times)"
+        cells = (" ".join(one.overrides), size(one.peak_bytes), price, one.note)
         table.add_row(*map(Text, cells))
     console.print(table)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier import registry
 from luthier.contracts import Method
+from luthier.evaluate import wording
 from luthier.flows.drawing import draw
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
             shown.add_section()
             shown.add_row(f"[bold]{family}[/]")
         cells = [
-            one["name"], share_words(one["share"]), size_words(one["saved_bytes"]), "yes" if one["merges"] else "no",
+            one["name"], share_words(one["share"]), wording.size(one["saved_bytes"]), "yes" if one["merges"] else "no",
             f"{one['learning_rate']:g}", one["trains"], *([arxiv(one["source"])] if wide else []),
         ]  # fmt: skip
         shown.add_row(*cells)
@@ -144,7 +145,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             family = one["family"]
             lines.append(f"| **{family}** | | | | | | |")
         cells = (
-            f"`{one['name']}`", one["trains"], share_words(one["share"]), size_words(one["saved_bytes"]),
+            f"`{one['name']}`", one["trains"], share_words(one["share"]), wording.size(one["saved_bytes"]),
             "yes" if one["merges"] else "no", f"{one['learning_rate']:g}", arxiv(one["source"]),
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
@@ -171,7 +172,7 @@ def print_page(told: dict[str, Any], console: Console) -> None:
     if "trainable" in told:
         console.print(
             f"On {REFERENCE}: {told['trainable']:,} numbers learn ({share_words(told['share'])}), the folder takes "
-            f"{size_words(told['saved_bytes'])}. Search the learning rate between {told['bracket'][0]:g} and "
+            f"{wording.size(told['saved_bytes'])}. Search the learning rate between {told['bracket'][0]:g} and "
             f"{told['bracket'][1]:g}; default {told['learning_rate']:g}.",
             highlight=False,
         )
@@ -188,11 +189,3 @@ def print_page(told: dict[str, Any], console: Console) -> None:
 def share_words(share: float) -> str:
     """A share as a percentage with two significant digits."""
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
-
-
-def size_words(size: int) -> str:
-    """Bytes in the unit that people expect of a file."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size} B"

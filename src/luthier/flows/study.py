@@ -66,7 +66,7 @@ def study_methods(
         clock = Allotment(run.folder / "plan.json", request, budget, tell)
         bench = Bench.open(spec, run.folder, tell)
         store.write_text(run.folder / "task.yaml", specs.dump(spec))
-        judge = flow._judge(run, spec, bench.prepared, bench.identity)
+        judge = flow.judge_of(run, spec, bench.prepared, bench.identity)
         judge.check()
         with pools.opened(bench, ray) as pool:
             study = Study(bench, judge, clock, pool, asked, seeds, top, tell)

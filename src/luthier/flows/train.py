@@ -41,9 +41,9 @@ def train(
         _make_room(run, resume, overwrite)
         prepared = prepare(spec, split_history=_split_history(run), on_event=tell)
         _begin(run, spec, prepared)
-        base, identity = _load_base(spec, prepared, tell)
-        judge = _judge(run, spec, prepared, identity)
-        browse = _judge(run, spec, prepared, identity, dev=True)
+        base, identity = load_base(spec, prepared, tell)
+        judge = judge_of(run, spec, prepared, identity)
+        browse = judge_of(run, spec, prepared, identity, dev=True)
 
         answers, looked, chance = {}, {}, judge.check()
         tell(Stage("measure the base", f"{len(judge.examples)} test and {len(browse.examples)} dev rows"))
@@ -56,7 +56,7 @@ def train(
         method: Method = registry.make("methods", spec.method, "method")
         adapted = method.attach(base, seed=spec.train.seed, evidence=RunEvidence(base, prepared))
         outcome = _learn(run, spec, prepared, adapted, method, identity, resume, tell)
-        card = _card(spec, prepared, identity, outcome)
+        card = card_of(spec, prepared, identity, outcome)
         card = cards.publish(
             run.adapter, adapted, card, template=prepared.template, tokenizer=prepared.tokenizer,
             readme=cards.readme(card, "Trained with luthier; its measurements are in report.json of its run."),
@@ -121,7 +121,7 @@ class RunEvidence:
                 yield self._prepared.objective.loss(logprobs(self._model, batch), batch)
 
 
-def _load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, dict[str, Any]]:
+def load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, dict[str, Any]]:
     """Load the base and say what decides its answers."""
     from luthier.model import catalog, load, proof, quantize
 
@@ -167,7 +167,9 @@ def identity_of(base: Any, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _judge(run: store.Run, spec: RunSpec, prepared: Prepared, identity: dict[str, Any], *, dev: bool = False) -> Judge:
+def judge_of(
+    run: store.Run, spec: RunSpec, prepared: Prepared, identity: dict[str, Any], *, dev: bool = False
+) -> Judge:
     """The test rows' judge, or the dev rows' (whose items may be read)."""
     return Judge(
         examples=prepared.dev if dev else prepared.test,
@@ -241,7 +243,7 @@ def _forget_after(run: store.Run, step: int) -> None:
     store.write_jsonl(run.steps, kept)
 
 
-def _card(spec: RunSpec, prepared: Prepared, identity: dict[str, Any], outcome: dict[str, Any]) -> AdapterCard:
+def card_of(spec: RunSpec, prepared: Prepared, identity: dict[str, Any], outcome: dict[str, Any]) -> AdapterCard:
     """What the adapter folder will say about itself."""
     return AdapterCard(
         name=spec.name,

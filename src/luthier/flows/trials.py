@@ -59,7 +59,7 @@ class Bench:
         from luthier.model import quantize
 
         self.spec, self.prepared, self.folder = spec, prepared, folder
-        self.base, self.identity = flow._load_base(spec, prepared, tell)
+        self.base, self.identity = flow.load_base(spec, prepared, tell)
         self.share: bool = not prepared.separate and spec.train.share_prefixes
         self.weights: int = quantize.parameters(self.base)
         self.full: int = prepared.feed(share=False).total_steps
@@ -212,7 +212,7 @@ class Bench:
     def _publish(self, trial: Trial, adapted: Adapted, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         prepared, spec = self.prepared, self.asked(trial)
         outcome = {"best_dev_loss": result["dev_loss"], "restored_step": result["best_step"]}
-        card: AdapterCard = flow._card(spec, prepared, self.identity, outcome)
+        card: AdapterCard = flow.card_of(spec, prepared, self.identity, outcome)
         text = cards.readme(card, f"One run of a study of methods: {trial.words}.")
         card = cards.publish(
             folder, adapted, card, template=prepared.template, tokenizer=prepared.tokenizer, readme=text

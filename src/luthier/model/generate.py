@@ -157,13 +157,13 @@ def stream(
     lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
     memory = Memory(room=int(lengths.max()) + max_new_tokens, lengths=torch.zeros_like(lengths))
     with attending(model, NAME):
-        begin = _begin(model, prompts[0][:shared], memory)
+        begin = begin_with(model, prompts[0][:shared], memory)
         memory.phase, longest = "fill", int(lengths.max())
         memory.longest = longest
         ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt) - shared] = torch.tensor(list(prompt[shared:]), device=device)
-        states = _forward(model, ids, memory, begin)
+        states = forward(model, ids, memory, begin)
         last = states[torch.arange(len(prompts), device=device), lengths - 1]
         memory.phase, memory.lengths = "step", lengths
         active = torch.arange(len(prompts), device=device)
@@ -179,16 +179,16 @@ def stream(
                 active, tokens = active[rows], tokens[rows]
                 memory.keep(rows)
             memory.longest = int(memory.lengths.max()) + 1
-            last = _forward(model, tokens[:, None], memory, begin)[:, 0]
+            last = forward(model, tokens[:, None], memory, begin)[:, 0]
             memory.lengths = memory.lengths + 1
 
 
-def _begin(model: Any, shared: Sequence[int], memory: Memory) -> int:
+def begin_with(model: Any, shared: Sequence[int], memory: Memory) -> int:
     """Run what all rows begin with, a soft prompt before their own tokens, and return its length."""
     soft, ids = soft_of(model), torch.tensor([list(shared)], dtype=torch.long, device=model.device)
     if soft is None:
         if shared:
-            _forward(model, ids, memory, 0)
+            forward(model, ids, memory, 0)
         return len(shared)
     memory.root, length = soft.key_values(model), soft.tokens + len(shared)
     if memory.root is not None and not shared:
@@ -199,7 +199,7 @@ def _begin(model: Any, shared: Sequence[int], memory: Memory) -> int:
     return length
 
 
-def _forward(model: Any, ids: torch.Tensor, memory: Memory, begin: int) -> torch.Tensor:
+def forward(model: Any, ids: torch.Tensor, memory: Memory, begin: int) -> torch.Tensor:
     """Run the body on (rows, new) ids behind a prefix of `begin` tokens; states (rows, new, hidden_size)."""
     first = memory.lengths[: len(ids), None] if memory.phase == "step" else torch.zeros_like(ids[:, :1])
     positions = begin + first + torch.arange(ids.shape[1], device=ids.device)[None]

@@ -220,15 +220,15 @@ def rehearse_answer(rig: Rig, asked: Asked) -> Log:
     attending = attention.attending(rig.model, WINDOWLESS)
     with torch.no_grad(), fused_attention(), attending, rehearsal, rehearsal.named("answers"):
         memory = generate.Memory(room=own + asked.new, lengths=torch.zeros(asked.rows, dtype=torch.long))
-        begin = generate._begin(rig.model, [0] * asked.shared, memory)
+        begin = generate.begin_with(rig.model, [0] * asked.shared, memory)
         memory.phase = "fill"
         ids = torch.zeros(asked.rows, own, dtype=torch.long)
-        last = generate._forward(rig.model, ids, memory, begin)[:, -1]
+        last = generate.forward(rig.model, ids, memory, begin)[:, -1]
         rehearsal.log.mark()
         memory.phase, memory.longest = "step", own + 1
         head_logits(rig.model, last)
         memory.keep(torch.zeros(asked.rows, dtype=torch.long))  # rows that go on are copied
-        generate._forward(rig.model, ids[:, :1], memory, begin)
+        generate.forward(rig.model, ids[:, :1], memory, begin)
         del memory, last, ids
     return rehearsal.log
 
