@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -131,15 +130,17 @@ def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, An
     """Train one arm and return its figures."""
     import torch
 
+    from luthier.training import peak
+
     task = json.loads((folder / "task.json").read_text("utf-8"))
     torch.manual_seed(0)
     before = time.perf_counter()
     stamps, model = (_trl if arm.startswith("trl") else _ours)(arm, task, options)
     steps, batch = len(stamps) - 1, options.default_batch if arm == "trl_default" else options.batch
     seconds = stamps[-1] - stamps[0]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    most = peak.resident() / 2**20
     return {
-        "arm": arm, "examples_per_second": steps * batch / seconds, "peak_mib": round(peak),
+        "arm": arm, "examples_per_second": steps * batch / seconds, "peak_mib": round(most),
         "first_step_seconds": round(stamps[0] - before, 2), "steps": steps + 1,
         "dev_loss": dev_loss(model, task["dev"]) if options.dev_loss else None,
     }  # fmt: skip

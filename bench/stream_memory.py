@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from luthier.data.stream import Stream
+from luthier.training import peak
 
 WORDS = Path(__file__).read_text("utf-8").split()
 
@@ -50,9 +49,9 @@ def generate(path: Path, size: int) -> int:
 def measure(path: Path, rows: int, buffer: int) -> dict[str, object]:
     """Read one whole epoch, stop and go on in the middle of the next, and say what it took."""
     stream = Stream([path], buffer=buffer, seed=0)
-    before, began = peak(), time.monotonic()
+    before, began = peak.resident(), time.monotonic()
     answers = sum(int(next(stream).answer.split()[1]) for _ in range(rows))
-    seconds, grown = time.monotonic() - began, peak() - before
+    seconds, grown = time.monotonic() - began, peak.resident() - before
     assert answers == rows * (rows - 1) // 2, "an epoch gives every row once"
     for _ in range(rows // 2):
         next(stream)
@@ -73,12 +72,6 @@ def measure(path: Path, rows: int, buffer: int) -> dict[str, object]:
         "state_bytes": len(json.dumps(state)),
         "resumed_seconds": round(resumed, 2),
     }
-
-
-def peak() -> int:
-    """Peak resident memory of this process, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ nothing but rounding. After a kill at any moment a resumed run ends with the sam
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from luthier.contracts import Adapted, Method, Objective
 from luthier.errors import CheckpointError, Diverged, Fault, TrainingError
 from luthier.records import Loss, Pack, Step
 from luthier.spec import TrainSpec
-from luthier.training import rng
+from luthier.training import peak, rng
 from luthier.training.checkpoint import Checkpoints, Snapshot
 from luthier.training.feed import Feed, StepBatch
 from luthier.training.optim import Master, scale
@@ -203,7 +201,7 @@ class Training:
         step = Step(
             index=self.progress.step, epoch=batch.epoch, loss=loss, learning_rate=rate, grad_norm=norm,
             tokens=sum(len(pack) for pack in batch.packs), plain_tokens=sum(pack.plain_tokens for pack in batch.packs),
-            supervised=count, examples=batch.examples, seconds=seconds, memory=_peak_memory(self.device),
+            supervised=count, examples=batch.examples, seconds=seconds, memory=peak.of(self.device),
             dev_loss=dev_loss,
         )  # fmt: skip
         return step, best
@@ -356,11 +354,3 @@ def _listing(rows: Sequence[str]) -> str:
     unique = list(dict.fromkeys(rows))
     more = f" and {len(unique) - SHOWN_ROWS} more" if len(unique) > SHOWN_ROWS else ""
     return ", ".join(unique[:SHOWN_ROWS]) + more
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes: the accelerator's own, else the process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
