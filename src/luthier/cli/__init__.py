@@ -12,11 +12,11 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from luthier.cli import tuning, using
+from luthier.cli import measuring, tuning, using
 from luthier.cli.front import INTERRUPTED, app, dump, visible
 from luthier.errors import LuthierError, UsageError
 
-__all__ = ["app", "main", "tuning", "using"]
+__all__ = ["app", "main", "measuring", "tuning", "using"]
 STOPPED = "stopped; what was saved is kept"
 
 
