@@ -208,39 +208,30 @@ class Asked:
 
 def rehearse_answer(rig: Rig, asked: Asked) -> Log:
     """Run a batch's prompts, and one new token for each of its rows."""
-    from transformers import AttentionInterface
-
-    from luthier.model import generate
+    from luthier.model import decode
+    from luthier.model.refill import FILL_TOKENS
 
     if attention.shares_prefixes(rig.model):
         return Log()  # answered row by row with the model's own cache: never the worst moment
     own = max(1, asked.longest - asked.shared)
-    AttentionInterface.register(WINDOWLESS, _windowless)
     rehearsal = Rehearsal(_known(rig))
-    attending = attention.attending(rig.model, WINDOWLESS)
-    with torch.no_grad(), fused_attention(), attending, rehearsal, rehearsal.named("answers"):
-        memory = generate.Memory(room=own + asked.new, lengths=torch.zeros(asked.rows, dtype=torch.long))
-        begin = generate.begin_with(rig.model, [0] * asked.shared, memory)
-        memory.phase = "fill"
+    with torch.no_grad(), fused_attention(), rehearsal, rehearsal.named("answers"):
+        memory = decode.Memory(asked.rows, own + asked.new)
+        begin = decode.begin_with(rig.model, [0] * asked.shared)
+        for _ in range(asked.rows):
+            memory.add(begin)
         ids = torch.zeros(asked.rows, own, dtype=torch.long)
-        last = generate.forward(rig.model, ids, memory, begin)[:, -1]
+        group, parts = max(1, FILL_TOKENS // own), []
+        for first in range(0, asked.rows, group):
+            part = decode.forward(rig.model, ids[first : first + group], memory, first=first)
+            parts.append(part[:, -1].clone())
+        last = torch.cat(parts)
+        memory.lengths = [own] * asked.rows
         rehearsal.log.mark()
-        memory.phase, memory.longest = "step", own + 1
         head_logits(rig.model, last)
-        memory.keep(torch.zeros(asked.rows, dtype=torch.long))  # rows that go on are copied
-        generate.forward(rig.model, ids[:, :1], memory, begin)
-        del memory, last, ids
+        decode.forward(rig.model, ids[:, :1], memory)
+        del memory, begin, part, parts, last, ids
     return rehearsal.log
-
-
-WINDOWLESS = "luthier_rehearsed"
-
-
-def _windowless(*args: Any, **kwargs: Any) -> Any:
-    """Decoding attention without sliding windows, whose use depends on values; what is kept is the same."""
-    from luthier.model.generate import decode_attention
-
-    return decode_attention(*args, **{**kwargs, "sliding_window": None})
 
 
 def rehearse_save(rig: Rig, optimizer: str = "adamw") -> Log:
