@@ -108,6 +108,7 @@ class TrainSpec(_Part):
     patience: int | None = Field(4, ge=1, description="stop after so many dev losses without a new best; null: never")
     tokens_per_pack: int = Field(4096, ge=64, description="largest pack, in tokens: the memory knob")
     share_prefixes: bool = Field(True, description="compute a shared prompt once (exact); off for comparisons")
+    keep_lower_states: bool = Field(True, description="compute frozen lower layers once, not in each epoch (exact)")
     checkpointing: bool = Field(False, description="recompute activations: less memory, about half slower")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores by default")
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, description="trackers")

@@ -19,6 +19,7 @@ from luthier.evaluate import page
 from luthier.evaluate import report as reports
 from luthier.flows.events import Listener, Note, Progress, Stage, silent
 from luthier.flows.judge import Judge
+from luthier.flows.lower import keep_lower
 from luthier.flows.prepare import Prepared, prepare
 from luthier.hub import cards
 from luthier.records import AdapterCard, Loss
@@ -202,13 +203,15 @@ def _learn(
             dtype=identity["dtype"],
         ),
     )  # fmt: skip
+    dev_packs = pack.plan(prepared.rendered_dev, budget=settings.tokens_per_pack, share=shares)
     training = Training(
         adapted,
         registry.make("objectives", spec.objective, "objective"),
         prepared.feed(share=shares),
         settings,
         device=adapted.model.device,
-        dev_packs=pack.plan(prepared.rendered_dev, budget=settings.tokens_per_pack, share=shares),
+        dev_packs=dev_packs,
+        lower=keep_lower(adapted.model, prepared, dev_packs, share=shares, tell=tell),
         method=method,
         checkpoints=checkpoints,
         resume=resume and bool(checkpoints.steps()),  # killed before the first one: a fresh start

@@ -16,17 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier import registry, store
 from luthier.contracts import Adapted, Method
 from luthier.errors import Diverged, Fault, SpecError, TrainingError
 from luthier.flows import train as flow
 from luthier.flows.events import Listener, Note, Progress, silent
+from luthier.flows.lower import keep_lower
 from luthier.flows.prepare import Prepared, prepare
 from luthier.hub import cards
 from luthier.records import AdapterCard, Pack, Rendered, Step
 from luthier.spec import RunSpec
+
+if TYPE_CHECKING:
+    from luthier.model.frozen import Frozen
 
 FORMAT = 1  # of a kept trial: raised when what a trial does changes
 DEV_ROWS = 400  # rows that a dev loss is taken on, chosen once by content
@@ -65,6 +69,7 @@ class Bench:
         self.full: int = prepared.feed(share=False).total_steps
         self._bits = bits(self.base)
         self._stop = False
+        self._lower: Frozen | None = None  # states that serve every trial whose lowest learning layer is the same
 
     @classmethod
     def open(cls, spec: RunSpec, folder: Path, tell: Listener = silent) -> Bench:
@@ -182,10 +187,13 @@ class Bench:
         from luthier.training.loop import Training
 
         checkpoints = Checkpoints(folder, keep=2, fingerprint=self._fingerprint(trial)) if trial.saves else None
+        self._lower = keep_lower(
+            adapted.model, prepared, self.dev_packs, share=self.share, known=self._lower, again=True, tell=tell
+        )
         training = Training(
             adapted, prepared.objective, prepared.feed(share=self.share), prepared.spec.train,
             device=adapted.model.device, dev_packs=self.dev_packs, method=method, checkpoints=checkpoints,
-            resume=bool(checkpoints and checkpoints.steps()),
+            resume=bool(checkpoints and checkpoints.steps()), lower=self._lower,
         )  # fmt: skip
         for note in training.notes:
             tell(Note(note, "warning"))

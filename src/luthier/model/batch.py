@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from luthier.model.attention import Tree
 from luthier.records import Pack
+
+
+@dataclass(frozen=True)
+class Entry:
+    """States (tokens, hidden_size) that enter layer `depth`: the layers below need not run (`model.frozen`)."""
+
+    depth: int
+    states: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class Batch:
     target_row: torch.Tensor  # (targets,)
     rows: tuple[str, ...]
     plain_tokens: int
+    entry: Entry | None = None
 
     @classmethod
     def of(cls, pack: Pack, device: torch.device | str = "cpu", form: str = "auto") -> Batch:
@@ -35,6 +44,10 @@ class Batch:
         )  # fmt: skip
         tree = Tree.of(pack, device, form)
         return cls(ids[None], positions[None], tree, source, targets, weights, row, pack.rows, pack.plain_tokens)
+
+    def entered(self, entry: Entry | None) -> Batch:
+        """The same batch, to be run from a layer on; from the first where `entry` is None."""
+        return replace(self, entry=entry)
 
     @property
     def tokens(self) -> int:

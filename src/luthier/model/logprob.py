@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from luthier.errors import ModelError
 from luthier.model.attention import attending, shares_prefixes
-from luthier.model.batch import Batch
+from luthier.model.batch import Batch, Entry
+from luthier.model.passing import layers_of, passing
 from luthier.model.soft import Soft, soft_of
 
 CHUNK = 512  # targets per head product: 100 MB of float32 logits at a vocabulary of 49,152
@@ -33,6 +34,8 @@ def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     if shares_prefixes(model):
         return _separate(model, body, batch, soft)
     inputs = {"input_ids": batch.ids, "position_ids": batch.positions, "tree": batch.tree}
+    if batch.entry is not None and soft is None:
+        return _from_layer(model, body, batch, batch.entry)
     if soft is not None:
         tree = batch.tree.rooted(soft.tokens, soft.key_values(model))
         inputs = {**soft.before(model, batch.ids), "position_ids": tree.positions[None], "tree": tree}
@@ -40,6 +43,15 @@ def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
         out = body(**inputs, use_cache=False)
     states: torch.Tensor = out.last_hidden_state[0]
     return states if soft is None else states[soft.tokens :]
+
+
+def _from_layer(model: Any, body: Any, batch: Batch, entry: Entry) -> torch.Tensor:
+    """Run only the layers that kept states enter, and the last norm."""
+    states = entry.states[None]
+    with attending(model), passing(layers_of(model)[: entry.depth]):
+        out = body(inputs_embeds=states, position_ids=batch.positions, tree=batch.tree, use_cache=False)
+    last: torch.Tensor = out.last_hidden_state[0]
+    return last
 
 
 def _separate(model: Any, body: Any, batch: Batch, soft: Soft | None) -> torch.Tensor:

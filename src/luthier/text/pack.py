@@ -48,6 +48,23 @@ def plan(rendered: Sequence[Rendered], *, budget: int, share: bool = True) -> li
     return [pack for lo, hi in _cut(rows, common, budget) for pack in _within(rows, common, lo, hi, budget)]
 
 
+def paths(pack: Pack) -> list[IntArray]:
+    """The tokens of each packed row, in order: indices into `pack.ids`, one array for each of `pack.rows`."""
+    last = np.zeros(len(pack.rows), np.int64)
+    np.maximum.at(last, pack.target_row, pack.target_source)  # a row ends where its last target is predicted
+    found = []
+    for end, segment in zip(
+        last.tolist(), (np.searchsorted(pack.starts, last, side="right") - 1).tolist(), strict=True
+    ):
+        parts = [np.arange(pack.starts[segment], end + 1)]
+        above = int(pack.parents[segment])
+        while above >= 0:
+            parts.append(np.arange(pack.starts[above], pack.starts[above + 1]))
+            above = int(pack.parents[above])
+        found.append(np.concatenate(parts[::-1]))
+    return found
+
+
 @dataclass(frozen=True)
 class _Row:
     """A row cut to what its targets need: `ids` are computed, `at` are (position, id, weight) to predict."""

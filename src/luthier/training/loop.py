@@ -35,6 +35,8 @@ from luthier.training.signals import Stop, asked_to_stop
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from luthier.model.frozen import Frozen
+
 LossOf = Callable[[Pack], Loss]
 RANDOM, ADAPTER = "random.", "adapter."
 SHOWN_ROWS = 8
@@ -58,8 +60,12 @@ class Training:
         resume: bool = False,
         loss_of: LossOf | None = None,
         accelerator: Accelerator | None = None,
+        lower: Frozen | None = None,
     ) -> None:
-        """`method` brings its learning rate and parameter groups; `loss_of` replaces forward pass and objective."""
+        """`method` brings its learning rate and parameter groups; `loss_of` replaces forward pass and objective.
+
+        `lower` holds the states of frozen lower layers, which then do not run.
+        """
         self.device = torch.device(device)
         self.ranks = Ranks(accelerator or _accelerator(self.device))
         self.feed, self.settings = feed, settings
@@ -77,7 +83,7 @@ class Training:
             recompute_activations(self._model)
         self._dev_packs = dev_packs or ()
         self._checkpoints = checkpoints
-        self._loss_of = loss_of or _loss_of(self._model, objective, self.device)
+        self._loss_of = loss_of or _loss_of(self._model, objective, self.device, lower)
         self._random: rng.RandomState | None = None  # where the generators stand between two steps
         self._best_values: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = (
             None  # only where there are no checkpoints to read it from
@@ -320,7 +326,7 @@ def _accelerator(device: torch.device) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
-def _loss_of(model: Any, objective: Objective | None, device: torch.device) -> LossOf:
+def _loss_of(model: Any, objective: Objective | None, device: torch.device, lower: Frozen | None) -> LossOf:
     from luthier.model.batch import Batch
     from luthier.model.logprob import logprobs
 
@@ -328,7 +334,7 @@ def _loss_of(model: Any, objective: Objective | None, device: torch.device) -> L
         raise TrainingError("training needs an objective, or a loss of its own")
 
     def loss_of(pack: Pack) -> Loss:
-        batch = Batch.of(pack, device)
+        batch = Batch.of(pack, device).entered(lower.entry(pack) if lower else None)
         return objective.loss(logprobs(model, batch), batch)
 
     return loss_of

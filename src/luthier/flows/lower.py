@@ -1,0 +1,82 @@
+"""Decide whether states of a base's frozen lower layers are kept for later epochs (`model.frozen`), and keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from luthier.flows.events import Listener, Note, Stage, silent
+from luthier.flows.prepare import Prepared
+from luthier.records import Pack
+
+if TYPE_CHECKING:
+    from luthier.model.frozen import Frozen
+
+PASSES = (
+    1.5  # over the rows, from which keeping pays: the first pass costs what a forward pass through the layers costs
+)
+MEMORY = 0.2  # of the machine's memory may be filled; of all of it, so that a resumed run decides alike
+
+
+def keep_lower(
+    model: Any, prepared: Prepared, dev_packs: Sequence[Pack], *, share: bool, known: Frozen | None = None,
+    again: bool = False, tell: Listener = silent,
+) -> Frozen | None:  # fmt: skip
+    """Keep the states below the lowest layer that learns, of all training and dev rows; None where it would not pay.
+
+    With `again` other trials on the same base and rows will come, which the states serve too where they are as deep:
+    `known` are those of an earlier one.
+    """
+    from luthier.model import frozen
+
+    if not prepared.spec.train.keep_lower_states or prepared.stream is not None:
+        return None
+    if not again and _passes(prepared) < PASSES:
+        return None
+    count = frozen.depth(model)
+    if not count:
+        return None
+    packs = [*_packs(prepared, share), *dev_packs]
+    probe = min(packs, key=len)
+    if known is not None and known.depth == count and not frozen.differs(model, known, probe):
+        return known
+    size = _bytes(model, packs)
+    if size > MEMORY * _memory(model):
+        tell(Note(f"{count} frozen layers run in every epoch: their states would take {size / 1e9:.1f} GB"))
+        return None
+    tell(Stage("keep the lower layers' states", f"{count} frozen layers, {size / 1e6:.0f} MB"))
+    kept = frozen.keep(model, packs, count)
+    if reason := frozen.differs(model, kept, probe):
+        tell(Note(f"{count} frozen layers run in every epoch: {reason}", "warning"))
+        return None
+    return kept
+
+
+def _passes(prepared: Prepared) -> float:
+    """How often a run sees its rows."""
+    settings = prepared.spec.train
+    steps = prepared.feed(share=False).total_steps
+    return steps * settings.batch_size / max(1, len(prepared.train))
+
+
+def _packs(prepared: Prepared, share: bool) -> list[Pack]:
+    from luthier.text import pack
+
+    rows = [row for example in prepared.train for row in prepared.branches(example)]
+    return pack.plan(rows, budget=prepared.spec.train.tokens_per_pack, share=share)
+
+
+def _bytes(model: Any, packs: Sequence[Pack]) -> int:
+    size: int = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    return size * sum(len(pack) for pack in packs)
+
+
+def _memory(model: Any) -> int:
+    """Bytes of memory, in all, where the states would lie."""
+    import torch
+
+    if model.device.type == "cuda":
+        return torch.cuda.mem_get_info(model.device)[1]
+    import psutil
+
+    return int(psutil.virtual_memory().total)
