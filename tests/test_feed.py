@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toy
 from hypothesis import given
@@ -44,6 +46,53 @@ def test_epochs_and_seeds_differ() -> None:
     feed = make(20, 5)
     assert feed.order(0) != feed.order(1) != make(20, 5, seed=1).order(1)
     assert feed.order(0) == make(20, 7).order(0)
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 5), st.integers(0, 9))
+def test_an_order_is_what_numpy_draws_from_seed_and_epoch(count: int, batch_size: int, seed: int, epoch: int) -> None:
+    """Checkpoints of earlier versions go on with the rows that they would have seen."""
+    feed = make(count, batch_size, seed=seed)
+    expected = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    assert feed.order(epoch) == expected
+    first = feed.batch(epoch * feed.steps_per_epoch)
+    assert names(first) == sorted(f"row{index}" for index in expected[:batch_size])
+
+
+def test_an_order_is_drawn_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, plain = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or plain(seed))
+    list(make(40, 3, epochs=3))
+    assert drawn == [[0, 0], [0, 1], [0, 2]]
+
+
+class Numbered(Sequence[Rendered]):
+    """Rows that say which of them were asked for."""
+
+    def __init__(self, count: int) -> None:
+        self.rows, self.asked = toy.rows(count), list[int]()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked.append(index)
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("count", [40, 400])
+def test_a_step_and_a_resumed_step_ask_for_their_own_rows_only(count: int) -> None:
+    rows = Numbered(count)
+    feed = ShuffledFeed(rows, batch_size=8, seed=0, epochs=1, budget=512)
+    next(feed)
+    state, order = feed.state(), feed.order(0)
+    rows.asked.clear()
+    next(feed)
+    assert rows.asked == order[8:16]
+    rows.asked.clear()
+    again = ShuffledFeed(rows, batch_size=8, seed=0, epochs=1, budget=512)
+    again.restore(state)
+    next(again)
+    assert rows.asked == [0, *order[8:16]], "one row more to see that something is learnt"
 
 
 def test_parts_of_an_epoch_and_max_steps() -> None:

@@ -63,7 +63,8 @@ def check(spec: RunSpec, *, forecast: bool = True, on_event: Listener | None = N
     found = gather(spec, on_event=tell)
     limit = limit_of(spec.data, found.context)
     tell(Stage("check the rows", f"{len(found.examples)} rows"))
-    rendering, unrenderable = render_rows(found, found.examples, skip=True)
+    rendering = render_rows(found, found.examples, skip=True)
+    unrenderable = [fault for _, fault in rendering.refused]
     kept = {row.example_id for row in rendering.rendered}
     skips = spec.data.on_bad == "skip"
     report = look(

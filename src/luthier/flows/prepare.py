@@ -23,20 +23,21 @@ from luthier.flows.gather import SAMPLED, Gathered, gather, read_rows, sides_of
 from luthier.records import Example, Rendered
 from luthier.spec import DataSpec, RunSpec
 from luthier.text import show
-from luthier.text.render import Rendering, render, render_all
+from luthier.text.kept import render_kept
+from luthier.text.render import Rendering, render
 from luthier.text.tokenizer import Tokenizer
 from luthier.training.feed import ShuffledFeed, StreamFeed
-
-OVER_LONG = "tokens, the limit is"  # in the words of `text.render`
 
 
 @dataclass
 class Prepared:
     """All that training, checking and showing need to know about a task's rows.
 
-    `split` tells the sides of the rows that were split (not of dev or test files). `rendered_*` run parallel to the
-    examples of their side. `separate` says why this architecture cannot share prefixes; empty where it can. Of a stream
-    `train` holds the first rows only, for what must be known before: the instruction, examples to show, lengths.
+    `split` tells the sides of the rows that were split (not of dev or test files). `rendering` holds the rows of train,
+    dev and test one after the other, and `rendered_*` those of a side, parallel to its examples; many rows lie on disk
+    (`text.kept`), and these are views of them. `separate` says why this architecture cannot share prefixes; empty where
+    it can. Of a stream `train` holds the first rows only, for what must be known before: the instruction, examples to
+    show, lengths.
     """
 
     spec: RunSpec
@@ -57,21 +58,22 @@ class Prepared:
     stream: Stream | None = None
     check: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def rendered_train(self) -> Sequence[Rendered]:
+        return self.rendering.rendered[: len(self.train)]
+
+    @property
+    def rendered_dev(self) -> Sequence[Rendered]:
+        return self.rendering.rendered[len(self.train) : len(self.train) + len(self.dev)]
+
+    @property
+    def rendered_test(self) -> Sequence[Rendered]:
+        return self.rendering.rendered[len(self.train) + len(self.dev) :]
+
     @cached_property
-    def _rows(self) -> dict[str, Rendered]:
-        return {row.example_id: row for row in self.rendering.rendered}
-
-    @property
-    def rendered_train(self) -> list[Rendered]:
-        return [self._rows[example.id] for example in self.train]
-
-    @property
-    def rendered_dev(self) -> list[Rendered]:
-        return [self._rows[example.id] for example in self.dev]
-
-    @property
-    def rendered_test(self) -> list[Rendered]:
-        return [self._rows[example.id] for example in self.test]
+    def _places(self) -> dict[str, int]:
+        """Where an example's row stands in the rendering."""
+        return {example.id: place for place, example in enumerate((*self.train, *self.dev, *self.test))}
 
     @property
     def leaks_removed(self) -> int:
@@ -109,8 +111,12 @@ class Prepared:
         return made
 
     def feed(self, *, share: bool) -> ShuffledFeed | StreamFeed:
-        """The training rows in the order of the run."""
+        """The training rows in the order of the run.
+
+        An objective with rows of its own has them rendered here, so that none is at fault in the middle of the run.
+        """
         settings = self.spec.train
+        plain = type(self.objective).branches is Objective.branches
         if self.stream is not None:
             assert settings.max_steps is not None, "the spec asks for max_steps with a stream"
             return StreamFeed(
@@ -122,7 +128,7 @@ class Prepared:
                 share=share,
             )
         return ShuffledFeed(
-            [self.branches(example) for example in self.train],
+            self.rendered_train if plain else [self.branches(example) for example in self.train],
             batch_size=settings.batch_size,
             seed=settings.seed,
             epochs=settings.epochs,
@@ -157,9 +163,10 @@ class Prepared:
         return {key: value for key, value in told.items() if value not in (None, 0, [])}
 
     def _render(self, example: Example) -> Rendered | None:
-        known = self._rows.get(example.id)
+        if (place := self._places.get(example.id)) is not None:
+            return self.rendering.rendered[place]
         limit, data = limit_of(self.spec.data, self.context), self.spec.data
-        return known or render(example, self.template, self.tokenizer, max_length=limit, truncate=data.truncate)
+        return render(example, self.template, self.tokenizer, max_length=limit, truncate=data.truncate)
 
 
 def prepare(
@@ -184,16 +191,15 @@ def assemble(found: Gathered, leaks: Sequence[guard.Leak], rendering: Rendering 
     """Leave the leaking rows out and render the others (unless they are at hand); DataError with all that cannot be."""
     sides, data = found.sides, found.spec.data
     train = guard.without_leaks(sides.train, leaks)
-    broken: list[Fault] = []
     if rendering is None:
-        rows, limit = [*train, *sides.dev, *sides.test], limit_of(data, found.context)
-        rendering, broken = render_rows(found, rows, limit=limit, skip=data.on_bad == "skip")
-    kept = {row.example_id for row in rendering.rendered}
+        rows = [*train, *sides.dev, *sides.test]
+        rendering = render_rows(found, rows, limit=limit_of(data, found.context), skip=data.on_bad == "skip")
+    gone = {example.id for example in (*rendering.dropped, *(example for example, _ in rendering.refused))}
     return Prepared(
         spec=found.spec,
-        train=[example for example in train if example.id in kept],
-        dev=[example for example in sides.dev if example.id in kept],
-        test=[example for example in sides.test if example.id in kept],
+        train=[example for example in train if example.id not in gone],
+        dev=[example for example in sides.dev if example.id not in gone],
+        test=[example for example in sides.test if example.id not in gone],
         split=_without_files(sides, data),
         rendering=rendering,
         template=found.template,
@@ -203,29 +209,15 @@ def assemble(found: Gathered, leaks: Sequence[guard.Leak], rendering: Rendering 
         separate=found.separate,
         files=found.files,
         bad=found.bad,
-        unrenderable=broken,
+        unrenderable=[fault for _, fault in rendering.refused],
         leaks=list(leaks),
         stream=found.stream,
     )
 
 
-def render_rows(
-    found: Gathered, rows: Sequence[Example], *, limit: int | None = None, skip: bool = False
-) -> tuple[Rendering, list[Fault]]:
+def render_rows(found: Gathered, rows: Sequence[Example], *, limit: int | None = None, skip: bool = False) -> Rendering:
     """Render rows; with `skip` those that no template could render are left out and told, over-long ones never are."""
-
-    def rendering(examples: Sequence[Example]) -> Rendering:
-        return render_all(examples, found.template, found.tokenizer, limit, found.spec.data.truncate)
-
-    try:
-        return rendering(rows), []
-    except DataError as error:
-        if not skip:
-            raise
-        faults = error.faults
-    bad = {fault.where.partition(" (")[0] for fault in faults if OVER_LONG not in fault.what}
-    left_out = [fault for fault in faults if OVER_LONG not in fault.what]
-    return rendering([example for example in rows if str(example.origin) not in bad]), left_out
+    return render_kept(rows, found.template, found.tokenizer, limit, found.spec.data.truncate, skip=skip)
 
 
 def held_out(run: store.Run) -> list[Example]:
@@ -281,6 +273,7 @@ def notes(prepared: Prepared) -> list[Note]:
     if prepared.rendering.cut:
         told.append(Note(f"{len(prepared.rendering.cut)} over-long rows are cut (data.truncate)", "warning"))
     told += [Note(f"{text} ({count} rows)", "warning") for text, count in prepared.rendering.notes.items()]
+    told += [Note(text, "warning") for text in prepared.rendering.remarks]
     if prepared.hidden_system:
         told.append(Note(f"the template adds a system message of its own: {prepared.hidden_system!r}"))
     return told

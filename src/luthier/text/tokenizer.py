@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab_size(True), *(n + 1 for n in self._added.values()))
         opening = backend.encode("a").ids
         self.start: str = self.bos if self.bos and opening[:1] == [self.bos_id] else ""
+        self._ahead: dict[str, list[int]] = {}
         self._prefixes = self._adds_prefix()
 
     @classmethod
@@ -77,7 +78,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; control tokens spelt in it are control tokens, and none is added."""
+        if (known := self._ahead.get(text)) is not None:
+            return list(known)
         return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_ahead(self, texts: Iterable[str]) -> None:
+        """Encode many texts in one call, on all cores; until the next such call `encode` knows them already."""
+        wanted = list(dict.fromkeys(texts))
+        encoded = self._backend.encode_batch_fast(wanted, add_special_tokens=False) if wanted else []
+        self._ahead = {text: encoding.ids for text, encoding in zip(wanted, encoded, strict=True)}
+
+    def asked(self, text: str, *, after: str = "") -> Iterator[str]:
+        """What `encode_marked` asks of `encode` first, stretch by stretch: texts worth encoding ahead."""
+        for stretch, literal in marks.stretches(text):
+            if not literal:
+                yield self._lead(after) + stretch
+            after = stretch
 
     def encode_with_offsets(self, text: str) -> list[tuple[int, tuple[int, int]]]:
         """Token ids, each with the characters [begin, end) of the text that it covers."""
@@ -187,9 +203,17 @@ class Tokenizer:
         """Encode what stands after other text, without the space that some tokenizers put at the start of a text."""
         if not after:
             return self.encode(text)
-        if self._prefixes and (special := next((s for s in self._added if after.endswith(s)), None)):
+        if self._prefixes and (special := self._ending(after)):
             return self.encode(special + text)[1:]
         return self._continued(self.encode, text)
+
+    def _lead(self, after: str) -> str:
+        """What `_follow` puts before a text first."""
+        return (self._ending(after) or ANCHORS[0]) if after and self._prefixes else ""
+
+    def _ending(self, text: str) -> str:
+        """The added token that a text ends with, or nothing."""
+        return next((token for token in self._added if text.endswith(token)), "")
 
     def _continued(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         for anchor in ANCHORS if self._prefixes else ():

@@ -1,6 +1,8 @@
 """What each optimiser step sees, with a position that fits in one line of JSON.
 
 The order of an epoch is a pure function of seed and epoch, so a resumed run needs no replay and draws no randomness.
+What a step costs does not grow with the rows: an order is drawn once an epoch, and only a step's own rows become Python
+objects (`text.kept` holds the others on disk).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier.errors import TrainingError
-from luthier.records import Example, Pack, Rendered
+from luthier.records import Example, IntArray, Pack, Rendered
 from luthier.text import pack
 
 Plan = Callable[..., list[Pack]]  # plan(rendered, *, budget, share)
@@ -49,7 +51,7 @@ class Feed(Protocol):
 
 
 class ShuffledFeed:
-    """Rows in memory, reshuffled each epoch; the short last batch of an epoch is kept."""
+    """Rows by number, in memory or on disk, reshuffled each epoch; the short last batch of an epoch is kept."""
 
     def __init__(
         self,
@@ -63,14 +65,18 @@ class ShuffledFeed:
         share: bool = True,
         plan: Plan = pack.plan,
     ) -> None:
-        """`rendered` has one entry per example: its row, or all its branches (preferences have two)."""
-        self._examples = [(one,) if isinstance(one, Rendered) else tuple(one) for one in rendered]
-        if not any(row.supervised for branches in self._examples for row in branches):
+        """`rendered` has one entry per example: its row, or all its branches (preferences have two).
+
+        It is read by number, a step's rows at a time, and never copied.
+        """
+        self._rendered = rendered
+        if not any(row.supervised for index in range(len(rendered)) for row in self._branches(index)):
             raise TrainingError("no training row has a supervised token", remedy="`luthier show` shows the mask")
         self._batch_size, self._seed = batch_size, seed
         self._budget, self._share, self._plan = budget, share, plan
         self._step = 0
-        self.steps_per_epoch: int = math.ceil(len(self._examples) / batch_size)
+        self._drawn: tuple[int, IntArray] | None = None  # the epoch whose order was drawn last, and that order
+        self.steps_per_epoch: int = math.ceil(len(rendered) / batch_size)
         wanted = max(1, math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self.total_steps = wanted if max_steps is None else min(wanted, max_steps)
 
@@ -87,16 +93,25 @@ class ShuffledFeed:
         """The batch of a 0-based step: a pure function."""
         epoch, place = divmod(step, self.steps_per_epoch)
         first = place * self._batch_size
-        chosen = self.order(epoch)[first : first + self._batch_size]
-        rows = [row for index in chosen for row in self._examples[index]]
+        chosen = self._order(epoch)[first : first + self._batch_size].tolist()
+        rows = [row for index in chosen for row in self._branches(index)]
         packs = self._plan(rows, budget=self._budget, share=self._share)
-        done = (first + len(chosen)) / len(self._examples)
+        done = (first + len(chosen)) / len(self._rendered)
         return StepBatch(tuple(packs), epoch + done, len(chosen))
 
     def order(self, epoch: int) -> list[int]:
         """Indices of the examples in the order of an epoch."""
-        generator = np.random.default_rng([self._seed, epoch])
-        return [int(index) for index in generator.permutation(len(self._examples))]
+        return [int(index) for index in self._order(epoch)]
+
+    def _order(self, epoch: int) -> IntArray:
+        if self._drawn is None or self._drawn[0] != epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._drawn = epoch, generator.permutation(len(self._rendered))
+        return self._drawn[1]
+
+    def _branches(self, index: int) -> Sequence[Rendered]:
+        found = self._rendered[index]
+        return (found,) if isinstance(found, Rendered) else found
 
     def state(self) -> dict[str, Any]:
         return {"step": self._step}
