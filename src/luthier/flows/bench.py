@@ -119,7 +119,8 @@ def _run(training: Training, watch: Watch, adapted: Any, steps: int, profile: bo
     for number in range(steps):
         measured.append(_next(going))
         packs.append(watch.packs)
-        tell(Progress(measured[-1], steps, (steps - number - 1) * measured[-1].seconds))
+        left = steps - number - 1
+        tell(Progress(measured[-1], measured[-1].index + left, left * measured[-1].seconds))
     best = best.joined(limit.measure(seen.base_products(), dtype=dtype, device=device))
     watched = []
     for _ in range(WATCHED if profile else 0):
