@@ -68,18 +68,21 @@ class Tuned:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[Completion]:
-        """Answer many questions; the prompt that they share is computed once."""
+        """Answer many questions: what they share is computed once, the adapter is folded in where that pays."""
+        from luthier.adapt.folded import folded
         from luthier.model.generate import generate
 
-        return generate(
-            self.model,
-            [self.prompt(question) for question in questions],
-            decode=lambda ids: self.tokenizer.decode(ids).strip(),
-            stop_ids=self.tokenizer.stop_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
+        prompts = [self.prompt(question) for question in questions]
+        with folded(self.model, prompts, max_new_tokens):
+            return generate(
+                self.model,
+                prompts,
+                decode=lambda ids: self.tokenizer.decode(ids).strip(),
+                stop_ids=self.tokenizer.stop_ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
 
     def stream(
         self, messages: Sequence[Message], *, max_new_tokens: int = 256, temperature: float = 0.0

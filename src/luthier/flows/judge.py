@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from luthier import registry, store
 from luthier.contracts import Scorer, Template
 from luthier.evaluate import predict
-from luthier.flows.events import Answering, Listener
+from luthier.flows.events import Answering, Listener, Note
 from luthier.records import Completion, Example, Message, Prediction, Rendered
 from luthier.spec import EvaluateSpec
 from luthier.text.render import render_prompt
@@ -68,7 +68,7 @@ class Judge:
             self.seconds[system] = told["seconds"]
             return self.scored(predict.load(path))
         started = time.perf_counter()
-        completions = self._generate(model, prompts, lambda done: listener(Answering(system, done, len(prompts))))
+        completions = self._generate(system, model, prompts, listener)
         self.seconds[system] = time.perf_counter() - started
         predictions = predict.pair(self.examples, completions)
         predict.save(path, predictions)
@@ -91,19 +91,24 @@ class Judge:
         return render_prompt(turns, example.tools, self.template, self.tokenizer)
 
     def _generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], on_done: Callable[[int], None]
+        self, system: str, model: Any, prompts: Sequence[Sequence[int]], listener: Listener
     ) -> list[Completion]:
+        """Answer the prompts, with an adapter folded into the weights where there is work enough."""
+        from luthier.adapt.folded import folded
         from luthier.model.generate import generate
 
-        return generate(
-            model,
-            prompts,
-            decode=lambda ids: self.tokenizer.decode(ids).strip(),
-            stop_ids=self.tokenizer.stop_ids,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.settings.batch_size,
-            on_done=on_done,
-        )
+        with folded(model, prompts, self.max_new_tokens) as folding:
+            if folding.why:
+                listener(Note(f"{system} answers with its adapter attached, which is slower: {folding.why}"))
+            return generate(
+                model,
+                prompts,
+                decode=lambda ids: self.tokenizer.decode(ids).strip(),
+                stop_ids=self.tokenizer.stop_ids,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.settings.batch_size,
+                on_done=lambda done: listener(Answering(system, done, len(prompts))),
+            )
 
     def _usual_length(self) -> int:
         golds = [*self.examples, *self.shots_from[:2000]]
