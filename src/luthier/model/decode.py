@@ -124,11 +124,12 @@ class Call:
             if self.causal:
                 return key, value
         else:
-            row, at = self._where(key.device)
+            row, at = self.where(key.device)
             mine[0][row, :, at], mine[1][row, :, at] = key.transpose(1, 2), value.transpose(1, 2)
         return mine[0][:, :, : self.slots], mine[1][:, :, : self.slots]
 
-    def _where(self, device: torch.device) -> Pair:
+    def where(self, device: torch.device) -> Pair:
+        """Row and slot of each new token, both (rows, new)."""
         if not hasattr(self, "_at"):
             at = torch.tensor(self.starts, device=device)[:, None] + torch.arange(self.new, device=device)
             self._at = (torch.arange(self.rows, device=device)[:, None].expand_as(at), at)
@@ -136,7 +137,7 @@ class Call:
 
     def visible(self, device: torch.device, window: int | None) -> torch.Tensor:
         """Boolean (rows, new, slots): which own tokens each new one may see."""
-        at = self._where(device)[1]  # (rows, new)
+        at = self.where(device)[1]  # (rows, new)
         slots = torch.arange(self.slots, device=device)
         sees = self.sees if self.sees is not None else slots <= at[:, :, None]
         if window is None:
@@ -162,7 +163,7 @@ class Call:
         """Boolean (rows, 1, new, far + slots) for rows with one stem, of whose tokens the last `far` are looked at."""
         name = (tuple(rows), window, far)
         if name not in self._masks:
-            at = self._where(device)[1]
+            at = self.where(device)[1]
             near = self.visible(device, window)
             if self.memory is not None and self.memory.places is not None:
                 at = self.memory.places[self.first : self.first + self.rows].gather(1, at)
@@ -306,17 +307,13 @@ def forward(
     rows, new = ids.shape
     stems, starts = memory.stems[first : first + rows], memory.lengths[first : first + rows]
     call = Call(memory, stems, starts, new, first=first, sees=sees)
-    if depths is None:
-        depths = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(new, device=ids.device)
-    else:
-        if memory.places is None:
-            memory.places = torch.arange(memory.room, device=ids.device).repeat(memory.capacity, 1)
-        row, at = call._where(ids.device)
-        memory.places[row + first, at] = depths
-        call.deepest = max(_end(stem) for stem in stems) + int(depths.max()) + 1
-    return _body(
-        model, {"input_ids": ids}, depths + torch.tensor([_end(s) for s in stems], device=ids.device)[:, None], call
-    )
+    ends = torch.tensor([_end(stem) for stem in stems], device=ids.device)[:, None]
+    row, at = call.where(ids.device)
+    if depths is not None and memory.places is None:
+        memory.places = torch.arange(memory.room, device=ids.device).repeat(memory.capacity, 1)
+    if memory.places is not None:
+        memory.places[row + first, at] = at if depths is None else depths
+    return _body(model, {"input_ids": ids}, ends + (at if depths is None else depths), call)
 
 
 def _body(model: Any, inputs: dict[str, torch.Tensor], positions: torch.Tensor, call: Call) -> torch.Tensor:

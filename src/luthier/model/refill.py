@@ -60,7 +60,7 @@ class Batch:
             self._count(leaf, 1)
         self.kept: dict[int, decode.Shared | None] = {}
         self.rows: list[Row] = []  # by slot
-        room = max(len(self._own(row)) for row in range(len(prompts))) + limit + (lookup.MOST if guesses else 0)
+        room = max(len(self.own(row)) for row in range(len(prompts))) + limit + (lookup.MOST if guesses else 0)
         self.memory = decode.Memory(min(capacity, len(prompts)), room)
 
     def events(self) -> Iterator[Event]:
@@ -90,7 +90,7 @@ class Batch:
         free, group, tokens = self.memory.capacity - len(self.rows), list[int](), 0
         longest = 0
         while self.waiting and len(group) < free:
-            own = len(self._own(self.waiting[0]))
+            own = len(self.own(self.waiting[0]))
             longest, tokens = max(longest, own), tokens + own
             padded = longest * (len(group) + 1)
             if group and (padded > FILL_TOKENS or padded - tokens > WASTE_TOKENS):
@@ -100,7 +100,7 @@ class Batch:
 
     def _fill(self, group: Sequence[int]) -> torch.Tensor:
         """Run the prompts of a group; the states of their last tokens (rows, hidden)."""
-        owns, first = [self._own(index) for index in group], len(self.rows)
+        owns, first = [self.own(index) for index in group], len(self.rows)
         for index in group:
             leaf = self.plan.leaf[index]
             self.memory.add(self._stem(leaf))
@@ -145,17 +145,21 @@ class Batch:
         return taken
 
     def _leave(self) -> None:
-        """Take finished rows out; the last slot's row moves into each gap, as in the memory."""
+        """Take finished rows out."""
         for slot in reversed(range(len(self.rows))):
             row = self.rows[slot]
             if len(row.answer) < self.limit and row.answer[-1] not in self.stop_ids:
                 continue
             if self.pace:
                 self.earlier.extend([*self.prompts[row.index][-lookup.LEAD :], *row.answer], apart=True)
-            self.memory.drop(slot)
-            self.rows[slot] = self.rows[-1]
-            self.rows.pop()
-            self._count(row.stem, -1)
+            self.finish(slot)
+
+    def finish(self, slot: int) -> None:
+        """Take a row out; the last slot's row moves into the gap, as in the memory."""
+        self._count(self.rows[slot].stem, -1)
+        self.memory.drop(slot)
+        self.rows[slot] = self.rows[-1]
+        self.rows.pop()
 
     def _step(self) -> torch.Tensor:
         """Run each row's last token and its guesses; states (rows, 1 + most guesses, hidden)."""
@@ -181,7 +185,7 @@ class Batch:
         for row in self.rows:
             row.guessed = row.guessed[:width]
 
-    def _own(self, index: int) -> Sequence[int]:
+    def own(self, index: int) -> Sequence[int]:
         """A prompt's tokens behind its stem."""
         leaf = self.plan.leaf[index]
         return self.prompts[index][self.plan.stems[leaf].end if leaf >= 0 else 0 :]
