@@ -383,7 +383,7 @@ def test_the_base_is_left_as_it_was(task, quick):
     prepared = bench.prepare(spec)
     base, _ = bench.flow.load_base(spec, prepared, print)
     before = bits(base)
-    with bench._trained(spec, prepared, base, 1, False) as (training, _, _):
+    with bench._trained(spec, prepared, base, 1, False, print) as (training, _, _):
         next(iter(training))
     assert bits(base) == before
 
@@ -442,3 +442,14 @@ def test_settings_that_do_not_fit_are_refused(task):
         bench.train(specs.load(task, ["method=nonsense"]))
     with pytest.raises(UsageError):
         bench_answers.generate(specs.load(task), model="tiny")
+
+
+def test_kept_lower_states_are_no_work(task, quick):
+    """Where only the last block learns over several epochs, the lower ones do not run: their work is not counted."""
+    top = ["method={name: layers, last: 1}", "train.epochs=4"]
+    kept = bench.train(specs.load(task, top), steps=1)
+    run_all = bench.train(specs.load(task, [*top, "train.keep_lower_states=false"]), steps=1)
+    kept, run_all = kept["gflop_by_part"], run_all["gflop_by_part"]
+    assert kept[profile.FORWARD] == pytest.approx(run_all[profile.FORWARD] / 2), "one of two blocks"
+    assert kept[profile.ATTENTION] == pytest.approx(run_all[profile.ATTENTION] * 3 / 4), "three of four passes"
+    assert kept[profile.BACKWARD] == pytest.approx(run_all[profile.BACKWARD])

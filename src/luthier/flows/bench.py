@@ -17,6 +17,7 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.flows import train as flow
 from luthier.flows.events import Listener, Note, Progress, Stage, silent
+from luthier.flows.lower import keep_lower
 from luthier.flows.prepare import Prepared, prepare
 from luthier.records import Pack, Step
 from luthier.spec import RunSpec
@@ -57,7 +58,7 @@ def train(
     prepared = prepare(spec, on_event=tell)
     rendering = time.perf_counter() - begun
     base, _ = flow.load_base(spec, prepared, tell)
-    with _trained(spec, prepared, base, steps, profile) as (training, watch, adapted):
+    with _trained(spec, prepared, base, steps, profile, tell) as (training, watch, adapted):
         ran = _run(training, watch, adapted, steps, profile, tell)
         told = {
             "task": spec.name,
@@ -77,22 +78,24 @@ def train(
 
 @contextlib.contextmanager
 def _trained(
-    spec: RunSpec, prepared: Prepared, base: Any, steps: int, profile: bool
+    spec: RunSpec, prepared: Prepared, base: Any, steps: int, profile: bool, tell: Listener
 ) -> Iterator[tuple[Training, Watch, Any]]:
     """The task's training, as long as the measurement, with a watch on it; the base is left as it was."""
     from luthier.training.loop import Training
     from luthier.training.profile import Watch, matrices
 
     total = WARM + 1 + steps + (WATCHED if profile else 0)
-    settings = spec.train.model_copy(update={"max_steps": total, "epochs": EPOCHS, "patience": None})
-    prepared.spec = spec.model_copy(update={"train": settings})
     own = matrices(base)
     method = registry.make("methods", spec.method, "method")
     adapted = method.attach(base, seed=spec.train.seed, evidence=flow.RunEvidence(base, prepared))
     shares = spec.train.share_prefixes and not prepared.separate
+    lower = keep_lower(adapted.model, prepared, [], share=shares, tell=tell)  # as the whole run would
+    settings = spec.train.model_copy(update={"max_steps": total, "epochs": EPOCHS, "patience": None})
+    prepared.spec = spec.model_copy(update={"train": settings})
     training = Training(
-        adapted, prepared.objective, prepared.feed(share=shares), settings, device=base.device, method=method
-    )
+        adapted, prepared.objective, prepared.feed(share=shares), settings, device=base.device, method=method,
+        lower=lower,
+    )  # fmt: skip
     try:
         yield training, Watch(training, adapted, own), adapted
     finally:

@@ -33,6 +33,7 @@ FORWARD, BACKWARD, ADAPTER, ATTENTION = "base_forward", "base_backward", "adapte
 HEAD, ELEMENTWISE, OPTIMISER, DATA, RECOMPUTED, REST = "head", "elementwise", "optimiser", "data", "recomputed", "rest"
 PARTS = (FORWARD, BACKWARD, ADAPTER, ATTENTION, HEAD, ELEMENTWISE, RECOMPUTED, OPTIMISER, DATA, REST)
 ATTENDING = ("scaled_dot_product", "flash_attention", "efficient_attention")  # in the names of torch's own kernels
+STACKED = 4
 KEY = "luthier"  # of a mark on an autograd node, and before the names of the profiler's ranges
 
 
@@ -78,8 +79,9 @@ class Watch(TorchDispatchMode):
         self._model: Any = adapted.model
         self._device = training.device
         self._vocabulary = int(adapted.model.config.get_text_config().vocab_size)
-        self._base, self._adapter = base, matrices(adapted.model) - base
-        self._thin = max((min(sizes) for sizes in self._adapter), default=0)
+        beside = matrices(adapted.model) - base
+        self._base, self._adapter = base, {sizes for one in beside for sizes in _stacked(one)} - base
+        self._thin = max((min(sizes) for sizes in beside), default=0)
         self._phase = OPTIMISER  # | data | forward
         self._depth = self._attending = self._tokens = 0
         self._active, self._laying_out = False, 0.0
@@ -235,6 +237,12 @@ class _Timed:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._feed.restore(state)
+
+
+def _stacked(sizes: frozenset[int]) -> Iterator[frozenset[int]]:
+    """A matrix's sizes, and those of up to four such matrices in one product, as layers with one input are run."""
+    for times in range(1, STACKED + 1):
+        yield frozenset((min(sizes) * times, max(sizes)))
 
 
 def matrices(model: Any) -> set[frozenset[int]]:

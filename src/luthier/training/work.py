@@ -59,21 +59,24 @@ def rates(seen: Seen, packs: Sequence[Pack], adapted: Adapted) -> Rates:
     passes = 1 + any(weight is not head for weight in learns) + any(weight is head for weight in learns)
     return Rates(
         body={part: seen.flops[part] / tokens for part in BODY if seen.flops[part]},
-        layers=_layers(config, seen.learnt / seen.attended if seen.attended else 1.0),
+        layers=_layers(config, seen, len(packs)),
         head=2.0 * config.hidden_size * config.vocab_size * passes,
     )
 
 
-def _layers(config: Any, learnt: float) -> tuple[tuple[int | None, float], ...]:
-    """Each layer's window and the operations of one seen pair: scores and their mixture, forward and backward."""
+def _layers(config: Any, seen: Seen, packs: int) -> tuple[tuple[int | None, float], ...]:
+    """Each layer's window and the operations of one seen pair: scores and their mixture, forward and backward.
+
+    The lowest layers may not run (their states are kept), and the next ones may have no gradient through them.
+    """
     heads, count = config.num_attention_heads, config.num_hidden_layers
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
     window = getattr(config, "sliding_window", None)
-    frozen = count - round(learnt * count)  # the lowest layers: no gradient runs through them
+    runs, learns = (seen.attended // packs, seen.learnt // packs) if seen.attended else (count, count)
     return tuple(
-        (window if kind == "sliding_attention" else None, 4.0 * width * (1 + BACK * (layer >= frozen)))
-        for layer, kind in enumerate(kinds)
+        (window if kind == "sliding_attention" else None, 4.0 * width * ((above <= runs) + BACK * (above <= learns)))
+        for above, kind in zip(range(count, 0, -1), kinds, strict=True)
     )
 
 
