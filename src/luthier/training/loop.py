@@ -22,6 +22,7 @@ import torch
 
 from luthier.contracts import Adapted, Method, Objective
 from luthier.errors import CheckpointError, Diverged, Fault, TrainingError
+from luthier.model.norms import quick_norms
 from luthier.records import Loss, Pack, Step
 from luthier.spec import TrainSpec
 from luthier.training import peak, rng
@@ -94,7 +95,7 @@ class Training:
 
     def __iter__(self) -> Iterator[Step]:
         """Train, yielding each finished step before it is saved, so that a log never lacks a saved step."""
-        with asked_to_stop() as stop, _mode(self._model, training=True):
+        with asked_to_stop() as stop, _mode(self._model, training=True), quick_norms(self._model):
             self.stop = stop
             self._begin()
             while not self._finished():
