@@ -1,6 +1,10 @@
 """Supervised tuning side by side: luthier against TRL's SFTTrainer, same rows, same adapter, same machine, one run.
 
     python bench/sft_vs_trl.py --data demo --examples 64 --rounds 3 --out docs/benchmarks/demo.json
+    python bench/sft_vs_trl.py --report docs/benchmarks/demo.json     the split of the gain, from kept figures
+
+Data sets: demo, snips_nlu (a long instruction), banking77 (a list of 77 labels, 400 tokens), lamini_docs and e2e_nlg (next
+to nothing to share).
 
 Arms, each in a fresh process per round, in alternating order:
   trl_default   SFTTrainer as installed (its own dtype, gradient checkpointing, padding)
@@ -11,6 +15,9 @@ Arms, each in a fresh process per round, in alternating order:
   luthier       luthier's default path
 Every arm starts from the same adapter values and sees the same token ids, `--batch` examples per optimiser step. Times
 start after the first step. After training, one plain function measures every arm's loss on the same dev rows.
+
+luthier's arms also tell how many tokens they computed, how many floating point operations that needed, and which share
+of this machine's matrix-product limit they reached; operations are counted in the first step, which is not timed.
 """
 
 from __future__ import annotations
@@ -25,75 +32,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
+from gain import print_split, split, summarise
+from rows import DATA, rows_of
+
 ARMS = ("trl_default", "trl_tuned", "plain", "unshared", "luthier")
 RANK, RATE = 16, 1e-3
 
 
-# ---------------------------------------------------------------- rows
-
-
-def rows_of(name: str) -> list[list[dict[str, str]]]:
-    """Conversations (system, user, assistant) of a data set."""
-    if name == "demo":
-        return [json.loads(line)["messages"] for line in (ROOT / "demo" / "train.jsonl").open(encoding="utf-8")]
-    if name == "lamini_docs":
-        lines = (SHARED / name / "lamini_docs.jsonl").read_text("utf-8").splitlines()
-        pairs = [json.loads(line) for line in lines if line.strip()]
-        strip = ("### Question:\n", "\n\n### Answer:")
-        return [
-            _turns("", p["question"].removeprefix(strip[0]).removesuffix(strip[1]), p["answer"])
-            for p in pairs
-            if p["answer"]
-        ]
-    if name == "banking77":
-        import csv
-
-        with (SHARED / name / "train.csv").open(encoding="utf-8", newline="") as file:
-            table = list(csv.DictReader(file))
-        labels = sorted({row["category"] for row in table})
-        instruction = "Answer with the one intent that fits the customer's message. Intents: " + ", ".join(labels)
-        return [_turns(instruction, row["text"], row["category"]) for row in table]
-    return _snips()
-
-
-def _snips() -> list[list[dict[str, str]]]:
-    instruction = (
-        "Turn the request into JSON with keys intent and slots. Intents: AddToPlaylist (artist, entity_name, music_item, "
-        "playlist, playlist_owner), BookRestaurant (city, country, cuisine, facility, party_size_description, "
-        "party_size_number, poi, restaurant_name, restaurant_type, served_dish, sort, spatial_relation, state, timeRange), "
-        "GetWeather (city, condition_description, condition_temperature, country, current_location, geographic_poi, "
-        "spatial_relation, state, timeRange), PlayMusic (album, artist, genre, music_item, playlist, service, sort, track, "
-        "year), RateBook (best_rating, object_name, object_part_of_series_type, object_select, object_type, rating_unit, "
-        "rating_value), SearchCreativeWork (object_name, object_type), SearchScreeningEvent (location_name, movie_name, "
-        "movie_type, object_location_type, object_type, spatial_relation, timeRange). Slots hold the request's own words."
-    )
-    made = []
-    for path in sorted((SHARED / "snips_nlu").glob("*/train_*_full.json")):
-        raw = path.read_bytes()
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            text = raw.decode("latin-1")
-        for intent, items in json.loads(text).items():
-            for item in items:
-                spans = item["data"]
-                slots = {span["entity"]: span["text"] for span in spans if "entity" in span}
-                answer = json.dumps({"intent": intent, "slots": slots}, ensure_ascii=False, separators=(",", ":"))
-                made.append(_turns(instruction, "".join(span["text"] for span in spans).strip(), answer))
-    return made
-
-
-def _turns(system: str, user: str, assistant: str) -> list[dict[str, str]]:
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def prepare(name: str, folder: Path, examples: int, dev: int, seed: int = 0) -> dict[str, Any]:
+def prepare(name: str, folder: Path, examples: int, dev: int, *, base: str, seed: int = 0) -> dict[str, Any]:
     """Render rows once with luthier's chat template and write the ids that every arm reads."""
     from luthier import registry
     from luthier.model import catalog
@@ -101,7 +51,7 @@ def prepare(name: str, folder: Path, examples: int, dev: int, seed: int = 0) -> 
     from luthier.text.render import render
     from luthier.text.tokenizer import Tokenizer
 
-    model = catalog.locate("smollm2-135m")
+    model = catalog.locate(base)
     tokenizer, template = Tokenizer.from_folder(model), registry.make("templates", "chat")
     table = rows_of(name)
     random.Random(seed).shuffle(table)
@@ -125,6 +75,9 @@ def prepare(name: str, folder: Path, examples: int, dev: int, seed: int = 0) -> 
 
 # ---------------------------------------------------------------- one arm, in its own process
 
+# When each step ended, the model, and what its timed steps computed, asked for with their seconds
+Ran = tuple[list[float], Any, Callable[[float], dict[str, Any]] | None]
+
 
 def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm and return its figures."""
@@ -135,7 +88,7 @@ def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, An
     task = json.loads((folder / "task.json").read_text("utf-8"))
     torch.manual_seed(0)
     before = time.perf_counter()
-    stamps, model = (_trl if arm.startswith("trl") else _ours)(arm, task, options)
+    stamps, model, work = (_trl if arm.startswith("trl") else _ours)(arm, task, options)
     steps, batch = len(stamps) - 1, options.default_batch if arm == "trl_default" else options.batch
     seconds = stamps[-1] - stamps[0]
     most = peak.resident() / 2**20
@@ -143,6 +96,7 @@ def run_arm(arm: str, folder: Path, options: argparse.Namespace) -> dict[str, An
         "arm": arm, "examples_per_second": steps * batch / seconds, "peak_mib": round(most),
         "first_step_seconds": round(stamps[0] - before, 2), "steps": steps + 1,
         "dev_loss": dev_loss(model, task["dev"]) if options.dev_loss else None,
+        **(work(seconds) if work else {}),
     }  # fmt: skip
 
 
@@ -164,7 +118,7 @@ def _fast_dtype() -> Any:
     return pick_dtype("auto", "cpu")
 
 
-def _trl(arm: str, task: dict[str, Any], options: argparse.Namespace) -> tuple[list[float], Any]:
+def _trl(arm: str, task: dict[str, Any], options: argparse.Namespace) -> Ran:
     """TRL: as a user finds it, or with every switch that makes it faster here."""
     import torch
     from datasets import Dataset
@@ -204,16 +158,19 @@ def _trl(arm: str, task: dict[str, Any], options: argparse.Namespace) -> tuple[l
         )  # fmt: skip
     trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
     trainer.train()
-    return stamps, trainer.model
+    return stamps, trainer.model, None
 
 
-def _ours(arm: str, task: dict[str, Any], options: argparse.Namespace) -> tuple[list[float], Any]:
+def _ours(arm: str, task: dict[str, Any], options: argparse.Namespace) -> Ran:
     """luthier's loop (sharing or not), or the plain loop."""
     from luthier import registry
+    from luthier.model import limit, load
     from luthier.records import Rendered
     from luthier.spec import TrainSpec
+    from luthier.training import work
     from luthier.training.feed import ShuffledFeed
     from luthier.training.loop import Training
+    from luthier.training.profile import Watch, matrices
 
     if arm == "plain":
         return _plain(task, options)
@@ -221,22 +178,42 @@ def _ours(arm: str, task: dict[str, Any], options: argparse.Namespace) -> tuple[
         Rendered(tuple(r["ids"]), tuple(float(i >= r["prompt"]) for i in range(len(r["ids"]))), r["prompt"], str(n))
         for n, r in enumerate(task["train"])
     ]
-    from luthier.model import load
-
     base = load.load_model(Path(task["model"]), dtype="auto", device="cpu")
+    own = matrices(base)
     adapted = registry.make("methods", {"name": "lora", "rank": RANK}).attach(base, seed=0)
     settings = TrainSpec(batch_size=options.batch, learning_rate=RATE, schedule="constant", warmup=0.0)
     feed = ShuffledFeed(
         rows, batch_size=options.batch, seed=0, epochs=1000, max_steps=options.steps, budget=settings.tokens_per_pack,
         share=arm == "luthier",
     )  # fmt: skip
-    stamps = []
-    for _ in Training(adapted, registry.make("objectives", "sft"), feed, settings):
+    training = Training(adapted, registry.make("objectives", "sft"), feed, settings)
+    watch, going, stamps, packs = Watch(training, adapted, own), iter(training), [], []
+    with watch.watching() as seen:
+        next(going)
+    stamps.append(time.perf_counter())
+    rates, products = work.rates(seen, watch.packs, adapted), seen.base_products()
+    for _ in going:
         stamps.append(time.perf_counter())
-    return stamps, adapted.model
+        packs += watch.packs
+
+    def counted(seconds: float) -> dict[str, Any]:
+        """What the timed steps computed, against what this machine can; measured when they are over."""
+        flops = sum(rates.of(packs).values())
+        best = limit.measure(products, dtype=base.dtype).rate
+        return {
+            "tokens": sum(len(pack) for pack in packs), "plain_tokens": sum(pack.plain_tokens for pack in packs),
+            "targets": sum(len(pack.target_ids) for pack in packs), "gflop": flops / 1e9,
+            "less_work_by_sharing": sum(rates.separate(packs, everywhere=False).values()) / flops,
+            "less_work_by_logits": sum(rates.separate(packs, everywhere=True).values())
+            / sum(rates.separate(packs, everywhere=False).values()),
+            "gflops": flops / seconds / 1e9, "limit_gflops": best.median / 1e9,
+            "limit_range": [best.low / 1e9, best.high / 1e9], "share_of_limit": flops / seconds / best.median,
+        }  # fmt: skip
+
+    return stamps, adapted.model, counted
 
 
-def _plain(task: dict[str, Any], options: argparse.Namespace) -> tuple[list[float], Any]:
+def _plain(task: dict[str, Any], options: argparse.Namespace) -> Ran:
     """Padded batches sorted by length within a step, logits at answers only, fused AdamW."""
     import torch
     from torch.nn import functional as F
@@ -273,7 +250,7 @@ def _plain(task: dict[str, Any], options: argparse.Namespace) -> tuple[list[floa
         optimizer.step()
         optimizer.zero_grad()
         stamps.append(time.perf_counter())
-    return stamps, model
+    return stamps, model, None
 
 
 def dev_loss(model: Any, dev: list[dict[str, Any]]) -> float:
@@ -298,7 +275,8 @@ def dev_loss(model: Any, dev: list[dict[str, Any]]) -> float:
 def main() -> None:
     """Run all arms in alternating order and print and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="demo", choices=["demo", "snips_nlu", "banking77", "lamini_docs"])
+    parser.add_argument("--data", default="demo", choices=DATA)
+    parser.add_argument("--model", default="smollm2-135m", help="the base, by its name")
     parser.add_argument("--examples", type=int, default=64, help="training rows")
     parser.add_argument("--dev", type=int, default=24, help="rows of the dev loss")
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of an arm")
@@ -309,15 +287,22 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--dev-loss", action="store_true", help="also measure the dev loss after training")
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="tell the split of the gain of kept runs"
+    )
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
         print("RESULT " + json.dumps(run_arm(options.arm, options.folder, options)))
         return
+    if options.report:
+        for path in options.report:
+            print_split(path.stem, json.loads(path.read_text("utf-8"))["runs"])
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        facts = prepare(options.data, folder, options.examples, options.dev)
+        facts = prepare(options.data, folder, options.examples, options.dev, base=options.model)
         print(json.dumps(facts))
         results = [one for number in range(options.rounds) for one in _round(number, folder, options)]
     summary = summarise(results)
@@ -327,12 +312,14 @@ def main() -> None:
         "settings": _settings(options),
         "machine": _machine(),
         "summary": summary,
+        "gain": split(results),
         "runs": results,
     }
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
     print(json.dumps(summary, indent=2))
+    print_split(options.data, results)
 
 
 def _round(number: int, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -351,24 +338,6 @@ def _round(number: int, folder: Path, options: argparse.Namespace) -> list[dict[
         results.append(json.loads(lines[0].removeprefix("RESULT ")))
         print(json.dumps(results[-1]), flush=True)
     return results
-
-
-def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median and range by arm, and luthier's ratio to every other arm."""
-    summary: dict[str, Any] = {}
-    for arm in dict.fromkeys(result["arm"] for result in results):
-        mine = [result for result in results if result["arm"] == arm]
-        speeds = [result["examples_per_second"] for result in mine]
-        summary[arm] = {
-            "examples_per_second": round(statistics.median(speeds), 3),
-            "range": [round(min(speeds), 3), round(max(speeds), 3)],
-            "peak_mib": round(statistics.median(result["peak_mib"] for result in mine)),
-            "dev_loss": mine[-1]["dev_loss"],
-        }
-    if "luthier" in summary:
-        own = summary["luthier"]["examples_per_second"]
-        summary["ratios"] = {a: round(own / s["examples_per_second"], 2) for a, s in summary.items() if a != "luthier"}
-    return summary
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
