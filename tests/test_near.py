@@ -107,6 +107,54 @@ def test_repeated_texts_are_not_taken_for_an_instruction() -> None:
     assert near.without_shared(texts) == texts
 
 
+def look_alikes(count: int) -> list[str]:
+    """Rows of a few patterns with a few slots each."""
+    generator = random.Random(3)
+    patterns = [
+        "please turn on the {} in the {} at {}",
+        "is the {} of the {} still running at {}",
+        "dim the {} near {} by {}",
+    ]
+    return [
+        generator.choice(patterns).format(
+            generator.choice(["light", "heating", "radio"]),
+            generator.choice(["hall", "office"]),
+            generator.randrange(999),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.8])
+@pytest.mark.parametrize("at_a_time", [1, 50, 1 << 17])
+def test_candidates_are_all_pairs_with_a_band_and_an_estimate(
+    threshold: float, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grams = near.ngrams(look_alikes(150))
+    signatures, rows = near._signatures(grams), near._rows_per_band(threshold)
+    expected = set()
+    for a in range(150):
+        for b in range(a + 1, 150):
+            same = signatures[a] == signatures[b]
+            banded = any(same[i : i + rows].all() for i in range(0, 128 // rows * rows, rows))
+            if banded and same.sum() >= (threshold - near.SLACK) * 128:
+                expected.add((a, b))
+    monkeypatch.setattr(near, "_PAIRS", at_a_time)
+    assert sorted(near._candidates(grams, threshold, np.arange(150))) == sorted(expected)
+    sides = np.arange(150) < 40
+    crossing = {(a, b) for a, b in expected if sides[a] != sides[b]}
+    assert set(near._candidates(grams, threshold, sides)) == crossing and expected > crossing > set()
+
+
+def test_one_large_family_is_not_compared_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is near every other: 125,000 pairs, and a chain that joins them needs 499."""
+    compared, plain = [], near.jaccard
+    monkeypatch.setattr(near, "jaccard", lambda a, b: compared.append(1) or plain(a, b))
+    head = "the quick brown fox jumps over the lazy dog while the cat sleeps on the sill of house number"
+    assert set(near.clusters([f"{head} {number}" for number in range(500)])) == {0}
+    assert len(compared) < 3 * 500
+
+
 def test_ten_thousand_short_rows_take_seconds() -> None:
     generator = random.Random(3)
     seeds = [sentence(generator) for _ in range(5000)]

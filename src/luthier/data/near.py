@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ SHARED_LENGTH, SHARED_BY = 12, 0.5  # an instruction: so many characters, at the
 PROSE = 60  # characters from which an answer is prose and not a label
 DISTINCT = 0.8  # share of distinct prose answers above which an equal answer means a reworded row
 _BLOCK = 1 << 21  # n-grams hashed at a time
+_PAIRS = 1 << 17  # pairs of signatures compared at a time
 
 Words = NDArray[np.uint64]
 
@@ -43,11 +45,12 @@ def clusters(texts: Sequence[str], threshold: float = THRESHOLD) -> list[int]:
     first: dict[str, int] = {}
     for index, text in enumerate(normal(text) for text in texts):
         forest.join(first.setdefault(text, index), index)
-    unique = list(first)
     places = list(first.values())
-    grams = ngrams(unique)
-    for left, right in _candidates(grams, threshold, known=lambda a, b: forest.same(places[a], places[b])):
-        if jaccard(grams[left], grams[right]) >= threshold:
+    grams = ngrams(list(first))
+    groups = _Groups(len(grams))
+    for left, right in _candidates(grams, threshold, groups.of):
+        if groups.of[left] != groups.of[right] and jaccard(grams[left], grams[right]) >= threshold:
+            groups.join(left, right)
             forest.join(places[left], places[right])
     return [forest.root(index) for index in range(len(texts))]
 
@@ -66,7 +69,7 @@ def pairs(left: Sequence[str], right: Sequence[str], threshold: float = THRESHOL
     grams = ngrams([normal(text) for text in [*left, *right]])
     border = len(left)
     found = []
-    for a, b in _candidates(grams, threshold, known=lambda a, b: (a < border) == (b < border)):
+    for a, b in _candidates(grams, threshold, np.arange(len(grams)) < border):
         similarity = jaccard(grams[a], grams[b])
         if similarity >= threshold:
             found.append(Pair(a, b - border, similarity))
@@ -103,7 +106,8 @@ def jaccard(left: Words, right: Words) -> float:
     """Shared over all n-grams of two sorted, distinct sets; 1 for two empty ones."""
     if not len(left) or not len(right):
         return float(len(left) == len(right))
-    shared = len(np.intersect1d(left, right, assume_unique=True))
+    few, many = (left, right) if len(left) < len(right) else (right, left)
+    shared = int((many.take(many.searchsorted(few), mode="clip") == few).sum())
     return shared / (len(left) + len(right) - shared)
 
 
@@ -171,6 +175,21 @@ class Forest:
         return self.root(one) == self.root(other)
 
 
+class _Groups:
+    """Disjoint sets as an array: `of[i]` is the group of i. Of two that are joined the smaller takes the other's."""
+
+    def __init__(self, size: int) -> None:
+        self.of: NDArray[np.int64] = np.arange(size)
+        self._members = {index: [index] for index in range(size)}
+
+    def join(self, one: int, other: int) -> None:
+        small, large = sorted((int(self.of[one]), int(self.of[other])), key=lambda group: len(self._members[group]))
+        if small != large:
+            moved = self._members.pop(small)
+            self.of[moved] = large
+            self._members[large] += moved
+
+
 def _bare(text: str, head: str, tail: str) -> str:
     rest = text[len(head) :] if head and text.startswith(head) else text
     rest = rest[: len(rest) - len(tail)] if tail and rest.endswith(tail) else rest
@@ -230,28 +249,35 @@ def _is_dense(codes: Words) -> NDArray[np.bool_]:
     return han_or_kana | ((codes >= 0xAC00) & (codes <= 0xD7A3)) | ((codes >= 0xF900) & (codes <= 0xFAFF))
 
 
-def _candidates(grams: Sequence[Words], threshold: float, known: object) -> Iterator[tuple[int, int]]:
-    """Pairs (a < b) that agree in a whole band of their signatures and in their estimate; not those already `known`.
+def _candidates(grams: Sequence[Words], threshold: float, labels: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Pairs (a < b) that agree in a whole band of their signatures and in their estimate, of texts with other `labels`.
 
-    Bands are as long as a recall of 0.999 at the threshold allows.
+    Bands are as long as a recall of 0.999 at the threshold allows. `labels` may change between two pairs.
     """
-    assert callable(known)
     if len(grams) < 2:
         return
     signatures = _signatures(grams)
+    coarse = signatures.astype(np.uint8)  # a quarter of the bytes, and one pair in 256 too many by chance
     rows = _rows_per_band(threshold)
     wanted = max(0.0, threshold - SLACK) * PERMUTATIONS
     seen: set[int] = set()
     for band in range(PERMUTATIONS // rows):
-        for bucket in _buckets(signatures[:, band * rows : (band + 1) * rows]):
-            for place, one in enumerate(bucket[:-1]):
-                others = bucket[place + 1 :]
-                agree = (signatures[others] == signatures[one]).sum(1)
-                for other in others[agree >= wanted].tolist():
-                    key = int(one) * len(grams) + other
-                    if key not in seen and not known(int(one), other):
-                        seen.add(key)
-                        yield int(one), other
+        for left, right in _colliding(signatures[:, band * rows : (band + 1) * rows], labels):
+            for sketch in (coarse, signatures):
+                close = _agreement(sketch, left, right) >= wanted
+                left, right = left[close], right[close]
+            for one, other in zip(left.tolist(), right.tolist(), strict=True):
+                key = one * len(grams) + other
+                if key not in seen and labels[one] != labels[other]:
+                    seen.add(key)
+                    yield one, other
+
+
+def _agreement(sketch: NDArray[Any], left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+    """In how many places the signatures of pairs agree, counted 64 places at a time."""
+    equal = np.packbits((sketch[left] == sketch[right]).ravel()).view(np.uint64)
+    counted: NDArray[np.int64] = np.bitwise_count(equal).reshape(len(left), PERMUTATIONS // 64).sum(1, dtype=np.int64)
+    return counted
 
 
 def _rows_per_band(threshold: float) -> int:
@@ -262,14 +288,36 @@ def _rows_per_band(threshold: float) -> int:
     return 1
 
 
-def _buckets(band: NDArray[np.uint32]) -> Iterator[NDArray[np.int64]]:
-    """Groups of two or more rows that are equal in a band, each in rising order."""
-    keys = np.ascontiguousarray(band).view(np.dtype((np.void, band.dtype.itemsize * band.shape[1]))).ravel()
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    order = np.argsort(inverse, kind="stable")
-    ends = np.cumsum(counts)
-    for index in np.flatnonzero(counts > 1):
-        yield order[ends[index] - counts[index] : ends[index]]
+def _colliding(band: NDArray[np.uint32], labels: NDArray[Any]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """All pairs (a < b) of rows that are equal in a band and differ in their labels, many at a time.
+
+    Rows are sorted by a 64-bit hash of the band (a collision only costs a comparison). Of those that lie together each
+    is paired with all after it; what one label has taken over entirely is passed by.
+    """
+    order, ends = _sorted(band)
+    places = np.flatnonzero(ends - np.arange(len(order)) > 1)
+    counts = ends[places] - places - 1
+    for first, last in _blocks(counts.tolist(), _PAIRS):
+        at, many = places[first:last], counts[first:last]
+        span = labels[order[at[0] : ends[at[-1]]]]
+        if (span == span[0]).all():
+            continue
+        left = np.repeat(at, many)
+        right = left + 1 + np.arange(len(left)) - np.repeat(np.cumsum(many) - many, many)
+        left, right = order[left], order[right]
+        apart = labels[left] != labels[right]
+        yield left[apart], right[apart]
+
+
+def _sorted(band: NDArray[np.uint32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows in an order that puts equal ones together, by rising number, and for each place where its equals end."""
+    keys = np.zeros(len(band), np.uint64)
+    for column in band.T:
+        keys = (keys ^ column) * np.uint64(0xBF58476D1CE4E5B9)
+        keys ^= keys >> np.uint64(29)
+    order = np.argsort(keys, kind="stable")
+    borders = np.concatenate([[0], np.flatnonzero(np.diff(keys[order])) + 1, [len(keys)]])
+    return order, np.repeat(borders[1:], np.diff(borders))
 
 
 def _signatures(grams: Sequence[Words]) -> NDArray[np.uint32]:
@@ -291,12 +339,12 @@ def _signatures(grams: Sequence[Words]) -> NDArray[np.uint32]:
     return signatures
 
 
-def _blocks(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of texts with about two million n-grams together."""
+def _blocks(sizes: Sequence[int], limit: int = _BLOCK) -> Iterator[tuple[int, int]]:
+    """Ranges of texts with about two million n-grams together, or whatever the sizes count and the limit says."""
     first = total = 0
     for index, size in enumerate(sizes):
         total += size
-        if total >= _BLOCK:
+        if total >= limit:
             yield first, index + 1
             first, total = index + 1, 0
     if first < len(sizes):
