@@ -112,16 +112,19 @@ class Watch(TorchDispatchMode):
             torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
             torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
         )
-        profiler = _profiler() if self._device.type == "cuda" else contextlib.nullcontext()
-        begun = time.perf_counter()
+        on_gpu = self._device.type == "cuda"
+        profiler = _profiler() if on_gpu else contextlib.nullcontext()
         try:
             with profiler as kernels, self._told_of_attention(), self:
+                begun = time.perf_counter()
                 yield self._now
+                if on_gpu:
+                    torch.cuda.synchronize(self._device)
+                self._now.wall = time.perf_counter() - begun
         finally:
             self._active = False
             for hook in hooks:
                 hook.remove()
-        self._now.wall = time.perf_counter() - begun
         if kernels is not None:
             self._now.seconds |= _kernel_seconds(kernels)
         self.seen.append(self._now)
