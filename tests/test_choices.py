@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,3 +103,22 @@ def test_a_model_that_cannot_share_is_refused():
     refuse_sharing(model, "it differs")
     with pytest.raises(ModelError, match="it differs"):
         choose(model, prompts(1), LABELS)
+
+
+def test_a_tuned_model_answers_with_one_of_the_choices():
+    from luthier.flows.answer import Tuned
+    from luthier.model import catalog, load
+    from luthier.text.tokenizer import Tokenizer
+
+    folder = catalog.locate("tiny")
+    tuned = Tuned.__new__(Tuned)
+    tuned.model, tuned.tokenizer = load.load_model(folder, dtype="float32"), Tokenizer.from_folder(folder)
+    tuned.template, tuned.card = registry.make("templates", "chat"), SimpleNamespace(metrics={"system": "Sort."})
+    texts, questions = ["yes", "yes, but", "no"], ["Is it red?", "Was it a cup that I saw?"]
+    found = tuned.choose(questions, texts)
+    labels = [tuned._answer(text) for text in texts]
+    assert all(label[-1] in tuned.tokenizer.stop_ids for label in labels)
+    expected = apart(tuned.model, [tuned.prompt(question) for question in questions], labels)
+    for row, (text, logprob) in enumerate(found):
+        assert text == texts[int(expected[row].argmax())]
+        assert logprob == pytest.approx(float(expected[row].max()), abs=1e-4)

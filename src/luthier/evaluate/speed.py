@@ -11,12 +11,16 @@ PROMPTS, TOKENS, ROUNDS = 8, 24, 5  # answered together, tokens of each, turns
 
 
 def seconds(model: Any, prompts: Sequence[Sequence[int]], tokens: int = TOKENS) -> float:
-    """Time of answering prompts with exactly `tokens` tokens each, in one batch."""
+    """Time of answering prompts with exactly `tokens` tokens each, in one batch.
+
+    Nothing is guessed: how well that goes depends on what is said, not on how fast the model is.
+    """
     from luthier.model.generate import generate
 
     began = time.perf_counter()
     generate(
-        model, prompts, decode=lambda ids: "", stop_ids=frozenset(), max_new_tokens=tokens, batch_size=len(prompts)
+        model, prompts, decode=lambda ids: "", stop_ids=frozenset(), max_new_tokens=tokens, batch_size=len(prompts),
+        guess=False,
     )  # fmt: skip
     return time.perf_counter() - began
 

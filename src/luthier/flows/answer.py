@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from luthier.contracts import Adapted, Template
 from luthier.errors import UsageError
 from luthier.flows.judge import user_turns
 from luthier.hub import cards
-from luthier.records import AdapterCard, Completion, Message
+from luthier.records import AdapterCard, Completion, Example, Message, Origin
 from luthier.text import show
-from luthier.text.render import render_prompt
+from luthier.text.render import render, render_prompt
 from luthier.text.tokenizer import Tokenizer
 
 
@@ -73,7 +74,9 @@ class Tuned:
         from luthier.model.generate import generate
 
         prompts = [self.prompt(question) for question in questions]
-        with folded(self.model, prompts, max_new_tokens):
+        with folded(self.model, prompts, max_new_tokens) as folding:
+            if folding.why:
+                warnings.warn(f"answers with the adapter attached, which is slower: {folding.why}", stacklevel=2)
             return generate(
                 self.model,
                 prompts,
@@ -83,6 +86,27 @@ class Tuned:
                 temperature=temperature,
                 seed=seed,
             )
+
+    def choose(self, questions: Sequence[str | Sequence[Message]], choices: Sequence[str]) -> list[tuple[str, float]]:
+        """Answer each question with the most likely of `choices`; returns it and its log-probability.
+
+        Unlike `answers` this never says anything else, and costs little more than the prompts.
+        """
+        from luthier.adapt.folded import folded
+        from luthier.model.choices import choose
+
+        prompts = [self.prompt(question) for question in questions]
+        labels = [self._answer(text) for text in choices]
+        with folded(self.model, prompts, max(map(len, labels), default=0)):
+            found = choose(self.model, prompts, labels)
+        return [(choices[label], logprob) for label, logprob in found]
+
+    def _answer(self, text: str) -> tuple[int, ...]:
+        """Token ids of an answer as training rows have it, with its end token."""
+        turns = (*user_turns("", self.system), Message("assistant", text))
+        row = render(Example(turns, Origin("choices")), self.template, self.tokenizer)
+        assert row is not None, "nothing is dropped without a limit"
+        return row.ids[row.prompt_length :]
 
     def stream(
         self, messages: Sequence[Message], *, max_new_tokens: int = 256, temperature: float = 0.0
