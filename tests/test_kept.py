@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import subprocess
@@ -18,9 +19,10 @@ import vocabularies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier import registry, store
+from luthier import registry, spec, store
 from luthier.contracts import Template
 from luthier.errors import DataError
+from luthier.flows import prepare as flow
 from luthier.records import Example, Message, Origin, Rendered
 from luthier.text import kept
 from luthier.text.kept import Kept, Writer, key_of, prune, render_kept
@@ -298,3 +300,27 @@ def test_a_feed_makes_only_the_rows_of_its_step(tmp_path: Path, monkeypatch: pyt
         ours, theirs = feed.batch(step).packs, in_memory.batch(step).packs
         assert [pack.rows for pack in ours] == [pack.rows for pack in theirs]
         assert all((a.ids == b.ids).all() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_task_prepared_twice_is_tokenised_once_and_feeds_the_same_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": row.question, "answer": row.answer} for row in examples(80)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    path = tmp_path / "task.yaml"
+    path.write_text(
+        "name: kept\nmodel: tiny\ntemplate: plain\ndata: {train: rows.jsonl, test: 0.2, dev: 0.1}\n", "utf-8"
+    )
+    asked = spec.load(path, ["train.max_steps=9", "train.batch_size=4"])
+    plain = flow.prepare(asked)
+    monkeypatch.setattr(flow, "render_kept", functools.partial(render_kept, folder=tmp_path / "tokens", at_least=1))
+    counted = Counted(monkeypatch)
+    for _ in range(2):
+        found = flow.prepare(asked)
+        assert isinstance(found.rendered_train, Kept) and isinstance(plain.rendered_train, list)
+        for side in ("rendered_train", "rendered_dev", "rendered_test"):
+            assert list(getattr(found, side)) == list(getattr(plain, side)) != []
+        for ours, theirs in zip(found.feed(share=True), plain.feed(share=True), strict=True):
+            assert [pack.rows for pack in ours.packs] == [pack.rows for pack in theirs.packs]
+        assert found.branches(found.train[3]) == plain.branches(plain.train[3])
+    assert counted.rows == len(plain.train) + len(plain.dev) + len(plain.test)
