@@ -80,6 +80,40 @@ def test_loss_and_gradient_equal_separate_rows(kind, form, share, budget):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [True, False])
+def test_blocks_of_tokens_give_the_same_loss(kind, share):
+    model = network(kind)
+    made = rows(7)
+    oracle = float(separately(model, made))
+    with torch.no_grad():  # FlexAttention has no backward pass on a CPU
+        loss = float(as_trees(model, made, budget=4000, share=share, form="flex"))
+    assert abs(loss - oracle) <= BOUND * abs(oracle)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("soft", [0, 3])
+def test_blocks_hold_the_mask(window, soft):
+    for one in plan(rows(11), budget=160):
+        tree = Tree.of(one, form="flex")
+        tree = tree.rooted(soft) if soft else tree
+        wanted = tree.mask(window)
+        place = torch.arange(tree.size)
+        sees = tree.blocks(window).mask_mod
+        assert torch.equal(sees(0, 0, place[:, None], place[None, :]), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_tokens_give_the_same_gradient_on_a_gpu(kind):
+    model = network(kind).requires_grad_(True).cuda()
+    made = rows(7)
+    expected = gradient(model, separately(model, made))
+    loss = as_trees(model, made, budget=4000, share=True, form="flex")
+    assert gap(gradient(model, loss), expected) <= 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_frozen_head_gives_the_same_gradient(kind):
     model = network(kind).requires_grad_(True)
     model.get_output_embeddings().weight.requires_grad_(False)

@@ -1,13 +1,16 @@
 """Attention over a prefix tree: every token sees its ancestors' segments and its own past, nothing else.
 
-Two interchangeable forms, checked against each other and against separate rows by tests:
+Three interchangeable forms, checked against each other and against separate rows by tests:
 
 - `cascade` (CPU): the depth-first layout makes the descendants of a segment one slice, so one unmasked flash call
   attends all of them to it, and segments of like length attend to themselves in one batched causal call. The parts
   are joined by their log-sum-exps; the backward pass hands the *joined* output and log-sum-exp to the flash backward
   of each part, which makes each part's gradient exact (as in ring attention, Liu et al. 2310.01889).
-- `dense` (any device): one boolean (tokens, tokens) mask through scaled_dot_product_attention; also what sliding
-  windows shorter than the pack use.
+- `flex` (CUDA): FlexAttention skips every block of 128 x 128 tokens of which none sees the other (`model.flex`).
+- `dense` (any device): one boolean (tokens, tokens) mask through scaled_dot_product_attention; also what dropout and,
+  on a CPU, sliding windows shorter than the pack use.
+
+In the depth-first layout one number tells all: token j is seen by the tokens from j to the end of j's segment's subtree.
 
 The tree travels as an argument of the model's forward (`tree=`); without it this attention raises, since stock masks
 would cut packed rows from their prefix without a word.
@@ -24,6 +27,7 @@ import torch
 from transformers import AttentionInterface
 
 from luthier.errors import ModelError
+from luthier.model import flex
 from luthier.records import Pack
 
 NAME = "luthier_tree"
@@ -61,15 +65,15 @@ class Tree:
     owns: list[Own]
     crosses: list[Cross]
     positions: torch.Tensor  # (tokens,)
-    segment: torch.Tensor  # (tokens,) segment of each token
-    ancestry: torch.Tensor  # (segments, segments) [s, a]: a is s or above it
+    seen_until: torch.Tensor  # (tokens,) one past the last token that sees this one
     form: str
     root: torch.Tensor | None = None  # (layers, 2, kv heads, k, head size): stands for the first k keys and values
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _blocks: dict[int | None, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, pack: Pack, device: torch.device | str = "cpu", form: str = "auto") -> Tree:
-        """Prepare a pack's shape; `form` is cascade, dense or auto (cascade on the CPU)."""
+        """Prepare a pack's shape; `form` is cascade, flex, dense or auto (what is fastest on the device)."""
         device = torch.device(device)
         lengths = (pack.starts[1:] - pack.starts[:-1]).tolist()
         starts, ends = pack.starts.tolist(), pack.ends.tolist()
@@ -84,9 +88,8 @@ class Tree:
             owns=[_own(bucket, starts, lengths, device) for bucket in _buckets(lengths)],
             crosses=crosses,
             positions=torch.from_numpy(pack.positions).to(device),
-            segment=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device),
-            ancestry=_ancestry(pack.parents.tolist()).to(device),
-            form=("cascade" if device.type == "cpu" else "dense") if form == "auto" else form,
+            seen_until=torch.from_numpy(pack.ends.repeat(lengths)).to(device),
+            form=_best_form(device) if form == "auto" else form,
         )
 
     def rooted(self, tokens: int, key_values: torch.Tensor | None = None) -> Tree:
@@ -95,9 +98,6 @@ class Tree:
         With `key_values` (layers, 2, kv heads, tokens, head size) that segment's keys and values are replaced by these.
         """
         device, first = self.positions.device, torch.arange(tokens, device=self.positions.device)
-        segments = len(self.ancestry) + 1
-        ancestry = torch.ones(segments, segments, dtype=torch.bool, device=device).tril_()
-        ancestry[1:, 1:] = self.ancestry
         moved = (Cross(c.first + tokens, c.last + tokens, c.begin + tokens, c.end + tokens) for c in self.crosses)
         return Tree(
             size=self.size + tokens,
@@ -105,8 +105,7 @@ class Tree:
             owns=[Own(first[None], None), *(Own(own.index + tokens, own.valid) for own in self.owns)],
             crosses=[Cross(tokens, self.size + tokens, 0, tokens), *moved],
             positions=torch.cat([first, self.positions + tokens]),
-            segment=torch.cat([torch.zeros_like(first), self.segment + 1]),
-            ancestry=ancestry,
+            seen_until=torch.cat([torch.full_like(first, self.size + tokens), self.seen_until + tokens]),
             form=self.form,
             root=key_values,
         )
@@ -115,11 +114,17 @@ class Tree:
         """Boolean (tokens, tokens): may the row's token see the column's? Kept for the other layers."""
         if window not in self._masks:
             order = torch.arange(self.size, device=self.positions.device)
-            sees = self.ancestry[self.segment][:, self.segment] & (order[:, None] >= order[None, :])
+            sees = (order[:, None] >= order[None, :]) & (order[:, None] < self.seen_until[None, :])
             if window is not None:
                 sees &= self.positions[:, None] - self.positions[None, :] < window
             self._masks[window] = sees
         return self._masks[window]
+
+    def blocks(self, window: int | None) -> Any:
+        """The mask as FlexAttention's blocks. Kept for the other layers."""
+        if window not in self._blocks:
+            self._blocks[window] = flex.block_mask(self.seen_until, self.positions, window)
+        return self._blocks[window]
 
 
 def _buckets(lengths: list[int]) -> list[list[int]]:
@@ -142,12 +147,10 @@ def _own(bucket: list[int], starts: list[int], lengths: list[int], device: torch
     return Own(index.to(device), None if bool(valid.all()) else valid.to(device))
 
 
-def _ancestry(parents: list[int]) -> torch.Tensor:
-    table = torch.eye(len(parents), dtype=torch.bool)
-    for segment, parent in enumerate(parents):
-        if parent >= 0:
-            table[segment] |= table[parent]
-    return table
+def _best_form(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cascade"
+    return "flex" if flex.usable(device) else "dense"
 
 
 class _Cascade(torch.autograd.Function):
@@ -251,6 +254,8 @@ def tree_attention(
     window = sliding_window if sliding_window is not None and tree.deepest >= sliding_window else None
     if tree.form == "cascade" and window is None and not dropout:
         mixed = _Cascade.apply(query, key, value, tree, scale)
+    elif tree.form == "flex" and not dropout:
+        mixed = flex.attend(query, key, value, tree.blocks(window), scale)
     else:
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query,
