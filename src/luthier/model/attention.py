@@ -10,7 +10,7 @@ Three interchangeable forms, checked against each other and against separate row
 - `dense` (any device): one boolean (tokens, tokens) mask through scaled_dot_product_attention; also what dropout and,
   on a CPU, sliding windows shorter than the pack use.
 
-In the depth-first layout one number tells all: token j is seen by the tokens from j to the end of j's segment's subtree.
+In the depth-first layout one number tells all: token j is seen by the tokens from j to its segment's subtree's end.
 
 The tree travels as an argument of the model's forward (`tree=`); without it this attention raises, since stock masks
 would cut packed rows from their prefix without a word.
@@ -97,7 +97,7 @@ class Tree:
 
         With `key_values` (layers, 2, kv heads, tokens, head size) that segment's keys and values are replaced by these.
         """
-        device, first = self.positions.device, torch.arange(tokens, device=self.positions.device)
+        first = torch.arange(tokens, device=self.positions.device)
         moved = (Cross(c.first + tokens, c.last + tokens, c.begin + tokens, c.end + tokens) for c in self.crosses)
         return Tree(
             size=self.size + tokens,
