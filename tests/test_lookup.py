@@ -10,7 +10,7 @@ from networks import KINDS, VOCABULARY, network
 
 from luthier.model import decode, lookup, refill
 from luthier.model.generate import generate
-from luthier.model.lookup import Grams, Pace, guess
+from luthier.model.lookup import Grams, Guess, Pace, guess
 
 STOPS = frozenset(range(3, 8))
 
@@ -39,7 +39,7 @@ def plain(kind):
 @pytest.mark.parametrize("together", [1, 4])
 def test_guesses_change_nothing(kind, width, together, monkeypatch):
     if width is not None:  # whatever it costs
-        monkeypatch.setattr(Pace, "width", lambda self, rows, lengths: min(width, max(lengths)))
+        monkeypatch.setattr(Pace, "width", lambda self, guesses: width)
     for found, expected in zip(answers(network(kind), repetitive(), batch_size=together), plain(kind), strict=True):
         assert (found.ids, found.stop) == (expected.ids, expected.stop)
         assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
@@ -54,15 +54,15 @@ def test_wrong_guesses_change_nothing_and_right_ones_save_passes(right, monkeypa
     passes, usual = [], decode.forward
 
     def told(recent, places, most):
-        at = len(places[0].text)
+        at = len(places[1].text)
         wanted = whole[at : at + most]
-        return wanted if right else [(token + 1) % VOCABULARY for token in wanted]
+        return Guess(wanted if right else [(token + 1) % VOCABULARY for token in wanted], 4)
 
     monkeypatch.setattr(lookup, "guess", told)
     monkeypatch.setattr(
         refill.decode, "forward", lambda m, ids, *a, **k: passes.append(ids.shape) or usual(m, ids, *a, **k)
     )
-    monkeypatch.setattr(Pace, "width", lambda self, rows, lengths: max(lengths))
+    monkeypatch.setattr(Pace, "width", lambda self, guesses: lookup.MOST)
     (found,) = answers(model, asked)
     assert found.ids == expected.ids
     count = len(expected.ids) + (expected.stop == "end")
@@ -72,11 +72,11 @@ def test_wrong_guesses_change_nothing_and_right_ones_save_passes(right, monkeypa
 def test_a_stop_among_the_guesses_ends_the_row():
     batch = refill.Batch.__new__(refill.Batch)
     batch.stop_ids, batch.pace = {5}, Pace()
-    row = refill.Row(0, None, None, -1, guessed=[9, 5, 7])
+    row = refill.Row(0, None, None, -1, guess=Guess([9, 5, 7], 4))
     assert batch._right(row, [9, 5, 7, 8]) == 2
     assert batch._right(row, [9, 6, 7, 8]) == 2
     assert batch._right(row, [8, 5, 7, 8]) == 1
-    row.guessed = [9, 6]
+    row.guess = Guess([9, 6], 4)
     assert batch._right(row, [9, 6, 8]) == 3
 
 
@@ -86,9 +86,9 @@ def test_grams_know_what_came_last():
         grams.extend([token])
     assert grams.after((1, 2), 3) == [4, 9, 1]
     assert grams.after((2, 3), 2) == [9, 1]
-    assert guess([9, 1], [grams], 2) == [2, 4]  # what follows the last token is not known yet
-    assert guess([3, 9, 1], [grams], 2) == [2, 4]  # the longer n-gram came once
-    assert guess([7, 7], [grams], 2) == []
+    assert guess([9, 1], [grams], 2) == Guess([2, 4], 2)  # what follows the last token is not known yet
+    assert guess([3, 9, 1], [grams], 2) == Guess([2, 4], 3)  # the longer n-gram came once
+    assert guess([7, 7], [grams], 2) == Guess()
 
 
 def test_no_gram_reaches_over_a_seam():
@@ -105,21 +105,22 @@ def test_the_first_place_that_knows_is_asked():
     own, earlier = Grams(), Grams()
     own.extend([1, 2, 7, 0])
     earlier.extend([1, 2, 8, 0, 6, 1, 2, 9])
-    assert guess([1, 2], [own, earlier], 1) == [7]
-    assert guess([6, 1, 2], [own, earlier], 1) == [9]  # a longer n-gram is surer
+    assert guess([1, 2], [own, earlier], 1) == Guess([7], 2)
+    assert guess([6, 1, 2], [own, earlier], 1) == Guess([9], 3)  # a longer n-gram is surer
 
 
 def test_guessing_pays_in_small_batches_and_stops_when_it_does_not():
-    sure, fair, poor = Pace(), Pace(), Pace()
+    sure, fair, poor, four = Pace(), Pace(), Pace(), Guess([1] * 8, 4)
     for _ in range(60):
-        sure.saw(4, 4)
-        fair.saw(2, 4)
-        poor.saw(0, 4)
-    assert sure.width(1, [8]) >= 6
-    assert fair.width(32, [8] * 32) < fair.width(1, [8]) < sure.width(1, [8])
-    assert poor.width(8, [8] * 8) == 0
-    assert [poor.width(8, [8] * 8) for _ in range(2 * Pace.PATIENCE)].count(1) == 2  # it is tried again at times
-    assert sure.width(1, [0]) == 0
+        sure.saw(four, 8)
+        fair.saw(four, 2)
+        poor.saw(four, 0)
+    assert sure.width([four]) >= 6
+    assert fair.width([four] * 32) < fair.width([four] * 4)
+    assert poor.width([four] * 8) == 0
+    assert [poor.width([four] * 8) for _ in range(2 * Pace.PATIENCE)].count(1) == 2  # it is tried again at times
+    assert poor.width([Guess([1] * 8, 3)] * 8) > 0  # another kind of find is judged by itself
+    assert sure.width([Guess()]) == 0
 
 
 def test_draws_are_never_guessed():

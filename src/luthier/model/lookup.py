@@ -40,46 +40,62 @@ class Grams:
         return self.text[end : end + most] if end is not None else []
 
 
-def guess(recent: Sequence[int], places: Sequence[Grams], most: int = MOST) -> list[int]:
-    """Tokens that followed the longest known n-gram at the end of `recent`, from the first place that knows it."""
+@dataclass(frozen=True)
+class Guess:
+    """Tokens that may come next, and how many tokens before them were found elsewhere."""
+
+    tokens: list[int] = field(default_factory=list)
+    size: int = 0
+
+    def cut(self, most: int) -> Guess:
+        """The first `most` tokens."""
+        return Guess(self.tokens[:most], self.size)
+
+
+def guess(recent: Sequence[int], places: Sequence[Grams], most: int = MOST) -> Guess:
+    """What followed the longest known n-gram at the end of `recent`, from the first place that knows it."""
     for size in GRAMS:
         gram = tuple(recent[-size:])
         if len(gram) == size:
             for place in places:
                 if found := place.after(gram, most):
-                    return found
-    return []
+                    return Guess(found, size)
+    return Guess()
 
 
 @dataclass
 class Pace:
     """How many guessed tokens a pass should check, from how many were right so far.
 
-    A pass over n tokens takes as long as WEIGHTS + n tokens' arithmetic. A right guess saves its row's share of a pass.
+    A pass over n tokens takes as long as WEIGHTS + n tokens' arithmetic, one over a single token as long as ALONE.
     """
 
-    WEIGHTS = 18  # measured: SmolLM2-135M in float32 with AVX2, one token 23 ms, 64 tokens 132 ms (ten layers)
+    # Measured with SmolLM2-135M in float32 (AVX2, one core): 65 ms for 1 token, 136 for 3, 160 for 16, 251 for 40, 375
+    # for 64. A product with a vector reads the weights once; one with a matrix lays them out anew first.
+    ALONE, WEIGHTS = 16, 30
     PATIENCE = 32  # passes without a guess after which one token is tried again
 
-    right: float = 4.0  # decayed counts; the first ones are an assumption
-    offered: float = 8.0
+    # By the size of what was found: decayed counts of right tokens and of those tried. The first are an assumption.
+    seen: dict[int, tuple[float, float]] = field(default_factory=lambda: dict.fromkeys(GRAMS, (5.0, 8.0)))
     idle: int = 0
 
-    def width(self, rows: int, lengths: Sequence[int]) -> int:
-        """Tokens to check beside each row's own, where `lengths` are the guesses there are; 0: none pay."""
-        if not any(lengths):
+    def width(self, guesses: Sequence[Guess]) -> int:
+        """Tokens to check beside each row's own, where these are the rows' guesses; 0: none pay."""
+        if not any(each.tokens for each in guesses):
             return 0
-        chance = self.right / self.offered
-        best = max(WIDTHS, key=lambda width: self._speed(chance, rows, lengths, width))
+        best = max(WIDTHS, key=lambda width: self._speed(guesses, width))
         self.idle = 0 if best else self.idle + 1
         return best or int(self.idle % self.PATIENCE == 0)
 
-    def _speed(self, chance: float, rows: int, lengths: Sequence[int], width: int) -> float:
-        expected = rows + sum(sum(chance**n for n in range(1, min(width, each) + 1)) for each in lengths)
-        return expected / (self.WEIGHTS + rows * (1 + min(width, max(lengths))))
+    def _speed(self, guesses: Sequence[Guess], width: int) -> float:
+        expected = float(len(guesses))
+        for each in guesses:
+            right, tried = self.seen[each.size] if each.tokens else (0.0, 1.0)
+            expected += sum((right / tried) ** n for n in range(1, min(width, len(each.tokens)) + 1))
+        tokens = len(guesses) * (1 + min(width, max(len(each.tokens) for each in guesses)))
+        return expected / (self.ALONE if tokens == 1 else self.WEIGHTS + tokens)
 
-    def saw(self, right: int, offered: int) -> None:
-        """Count a row's guesses: each right one, and the first wrong one if there was one."""
-        tried = min(offered, right + 1)
-        self.right = 0.97 * self.right + right
-        self.offered = 0.97 * self.offered + tried
+    def saw(self, guess: Guess, right: int) -> None:
+        """Count a row's guess: each right token, and the first wrong one if there was one."""
+        before, tried = self.seen[guess.size]
+        self.seen[guess.size] = (0.97 * before + right, 0.97 * tried + min(len(guess.tokens), right + 1))

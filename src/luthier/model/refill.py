@@ -32,7 +32,7 @@ class Row:
     grams: lookup.Grams | None  # its prompt and answer, where guessing is on
     stem: int
     answer: list[int] = field(default_factory=list)
-    guessed: list[int] = field(default_factory=list)  # tokens behind the last one that the next pass checks
+    guess: lookup.Guess = field(default_factory=lookup.Guess)  # tokens behind the last one that the next pass checks
 
 
 class Batch:
@@ -120,7 +120,7 @@ class Batch:
     def _decide(self, states: torch.Tensor | None) -> Iterator[Event]:
         """Choose each row's next tokens: one, and one more for every guess that was right."""
         assert states is not None, "there are rows"
-        wide = [1 + len(row.guessed) for row in self.rows]
+        wide = [1 + len(row.guess.tokens) for row in self.rows]
         picked = states[:, 0] if max(wide) == 1 else torch.cat([s[:w] for s, w in zip(states, wide, strict=True)])
         chosen = zip(*choose(head_logits(self.model, picked), self.sampling, [r.draws for r in self.rows]), strict=True)
         for slot, row in enumerate(self.rows):
@@ -136,12 +136,12 @@ class Batch:
     def _right(self, row: Row, tokens: Sequence[int]) -> int:
         """How many of the tokens follow from tokens that were chosen, up to an end."""
         taken = 1
-        while taken < len(tokens) and tokens[taken - 1] == row.guessed[taken - 1]:
+        while taken < len(tokens) and tokens[taken - 1] == row.guess.tokens[taken - 1]:
             if tokens[taken - 1] in self.stop_ids:
                 break
             taken += 1
-        if self.pace and row.guessed:
-            self.pace.saw(taken - 1, len(row.guessed))
+        if self.pace and row.guess.tokens:
+            self.pace.saw(row.guess, taken - 1)
         return taken
 
     def _leave(self) -> None:
@@ -164,9 +164,9 @@ class Batch:
     def _step(self) -> torch.Tensor:
         """Run each row's last token and its guesses; states (rows, 1 + most guesses, hidden)."""
         self._guess()
-        width = 1 + max(len(row.guessed) for row in self.rows)
+        wide = max(len(row.guess.tokens) for row in self.rows)
         ids = torch.tensor(
-            [[row.answer[-1], *row.guessed, *[0] * (width - 1 - len(row.guessed))] for row in self.rows],
+            [[row.answer[-1], *row.guess.tokens, *[0] * (wide - len(row.guess.tokens))] for row in self.rows],
             device=self.model.device,
         )
         states = decode.forward(self.model, ids, self.memory)
@@ -180,10 +180,10 @@ class Batch:
             assert row.grams is not None, "made with the row"
             most = min(lookup.MOST, self.limit - len(row.answer) - 1)
             recent = row.grams.text[-lookup.LEAD :]
-            row.guessed = lookup.guess(recent, (row.grams, self.earlier), most) if most > 0 else []
-        width = self.pace.width(len(self.rows), [len(row.guessed) for row in self.rows])
+            row.guess = lookup.guess(recent, (self.earlier, row.grams), most) if most > 0 else lookup.Guess()
+        width = self.pace.width([row.guess for row in self.rows])
         for row in self.rows:
-            row.guessed = row.guessed[:width]
+            row.guess = row.guess.cut(width)
 
     def own(self, index: int) -> Sequence[int]:
         """A prompt's tokens behind its stem."""
