@@ -232,6 +232,32 @@ def test_watching_changes_nothing():
         assert torch.equal(weight, other.trainable()[name])
 
 
+def test_ranges_of_the_profiler_name_every_part(monkeypatch):
+    """The way that CUDA's kernels are timed, on what there is: a range for each operation, one for a node of attention."""
+    plain, _, _ = trained("llama", "lora", rank=RANK)
+    losses = [step.loss for _, step in zip(range(2), plain, strict=False)]
+    training, watch, _ = trained("llama", "lora", rank=RANK)
+    counted: dict[str, int] = {}
+
+    def count(profiler):
+        counted.update(
+            {event.key: event.count for event in profiler.key_averages() if event.key.startswith("luthier.")}
+        )
+        return {}
+
+    monkeypatch.setattr(profile, "_kernel_seconds", count)
+    watch._ranges = True
+    going = iter(training)
+    with watch.watching() as seen:
+        first = next(going)
+    assert [first.loss, next(going).loss] == losses
+    assert {f"luthier.{part}" for part in (profile.FORWARD, profile.BACKWARD, profile.ADAPTER, profile.HEAD)} < set(
+        counted
+    )
+    assert counted["luthier.attention"] >= 2 * LAYERS, "forward and backward"
+    assert seen.attended == LAYERS and seen.flops[profile.FORWARD] == 2 * 301 * LAYERS * weights(*BLOCK)
+
+
 # --- the limit
 
 

@@ -109,7 +109,7 @@ def generate(
     for size in batches:
         tell(Stage("answer", f"{size} at a time, {tokens} tokens each"))
         chosen = [prompts[index % len(prompts)] for index in range(size)]
-        asked = _Asked(base, chosen, size, tokens, NEVER, lambda ids: "")
+        asked = _Asked(base, chosen, size, tokens, NEVER, lambda ids: "", guess=False)
         told.append({"batch_size": size, "rows": size, **asked.turns(rounds).told(limits, asked)})
     return {
         "task": spec.name if spec else None,
@@ -148,6 +148,7 @@ class _Asked:
     most: int  # new tokens
     stop_ids: frozenset[int] | set[int]
     decode: Any
+    guess: bool = True
 
     def answer(self, most: int) -> tuple[float, list[Completion]]:
         """Seconds of answering all prompts with at most so many tokens."""
@@ -156,7 +157,7 @@ class _Asked:
         begun = time.perf_counter()
         found = answers(
             self.model, self.prompts, decode=self.decode, stop_ids=self.stop_ids, max_new_tokens=most,
-            batch_size=self.batch,
+            batch_size=self.batch, guess=self.guess,
         )  # fmt: skip
         return time.perf_counter() - begun, found
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from luthier.contracts import Adapted
 from luthier.model import attention, quantize
@@ -78,6 +78,7 @@ class Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._model: Any = adapted.model
         self._device = training.device
+        self._ranges = training.device.type == "cuda"  # kernels are timed by the profiler, in ranges that have names
         self._vocabulary = int(adapted.model.config.get_text_config().vocab_size)
         beside = matrices(adapted.model) - base
         self._base, self._adapter = base, {sizes for one in beside for sizes in _stacked(one)} - base
@@ -112,13 +113,12 @@ class Watch(TorchDispatchMode):
             torch.nn.modules.module.register_module_forward_pre_hook(self._enter),
             torch.nn.modules.module.register_module_forward_hook(self._leave, always_call=True),
         )
-        on_gpu = self._device.type == "cuda"
-        profiler = _profiler() if on_gpu else contextlib.nullcontext()
+        profiler = _profiler() if self._ranges else contextlib.nullcontext()
         try:
             with profiler as kernels, self._told_of_attention(), self:
                 begun = time.perf_counter()
                 yield self._now
-                if on_gpu:
+                if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)
                 self._now.wall = time.perf_counter() - begun
         finally:
@@ -151,15 +151,17 @@ class Watch(TorchDispatchMode):
         usual = attention.tree_attention
 
         def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            again = torch._C._current_autograd_node() is not None
             self._attending += 1
             try:
-                mixed, weights = usual(module, query, key, value, *args, **kwargs)
+                with self._unseen(RECOMPUTED if again else ATTENTION):
+                    mixed, weights = usual(module, query, key, value, *args, **kwargs)
             finally:
                 self._attending -= 1
-            if torch._C._current_autograd_node() is None:  # not when it is run again
+            if not again:
                 self._now.attended += 1
                 self._now.learnt += mixed.grad_fn is not None
-            _mark(mixed.grad_fn, {tensor.grad_fn for tensor in (query, key, value)})
+            _mark(mixed.grad_fn, {tensor.grad_fn for tensor in (query, key, value)}, ranges=self._ranges)
             return mixed, weights
 
         AttentionInterface.register(attention.NAME, attend)
@@ -168,13 +170,25 @@ class Watch(TorchDispatchMode):
         finally:
             AttentionInterface.register(attention.NAME, usual)
 
+    @contextlib.contextmanager
+    def _unseen(self, part: str) -> Iterator[None]:
+        """On CUDA a part runs in one range and out of the mode's sight, which compiled attention does not bear."""
+        if not self._ranges:
+            yield
+            return
+        with torch.profiler.record_function(f"{KEY}.{part}"), _disable_current_modes():
+            yield
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._phase == DATA:  # timed as a whole
             return func(*args, **(kwargs or {}))
         part = self._part(func, args)
         now = self._now
         now.operations += 1
-        if self._device.type == "cuda":
+        if self._ranges:
+            node: Any = torch._C._current_autograd_node()
+            if node is not None and node.metadata.get(KEY):
+                return func(*args, **(kwargs or {}))  # its node has a range
             with torch.profiler.record_function(f"{KEY}.{part}"):
                 return func(*args, **(kwargs or {}))
         begun = time.perf_counter()
@@ -260,20 +274,36 @@ def _attends(func: Any) -> bool:
     return any(word in name for word in ATTENDING)
 
 
-def _mark(node: Any, ends: set[Any]) -> None:
-    """Mark the autograd nodes between attention's result and its inputs."""
+def _mark(node: Any, ends: set[Any], *, ranges: bool) -> None:
+    """Mark the autograd nodes between attention's result and its inputs; with `ranges` each runs in one."""
     todo = [node]
     while todo:
         one = todo.pop()
         if one is None or one in ends or one.metadata.get(KEY):
             continue
         one.metadata[KEY] = True
+        if ranges:
+            _in_range(one)
         todo += [before for before, _ in one.next_functions]
 
 
+def _in_range(node: Any) -> None:
+    """Let a node of the backward pass run in attention's range of the profiler."""
+    opened: list[Any] = []
+
+    def begin(grads: Any) -> None:
+        opened.append(torch.profiler.record_function(f"{KEY}.{ATTENTION}"))
+        opened[-1].__enter__()
+
+    def end(inputs: Any, outputs: Any) -> None:
+        opened.pop().__exit__(None, None, None)
+
+    node.register_prehook(begin)
+    node.register_hook(end)
+
+
 def _profiler() -> Any:
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    return torch.profiler.profile(activities=kinds)
+    return torch.profiler.profile()  # of all that this machine has
 
 
 def _kernel_seconds(profiler: Any) -> dict[str, float]:
