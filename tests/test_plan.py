@@ -507,3 +507,11 @@ def test_the_predicted_peak_is_the_measured_one(case: tuple[str, str, int]) -> N
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(run.stdout.splitlines()[-1])["ratio"] == pytest.approx(1, abs=0.15)
+
+
+def test_kept_states_of_lower_layers_are_counted(tmp_path: Path, tiny_folder: Path) -> None:
+    top = {"name": "layers", "last": 1}
+    kept = flow.plan(task(tmp_path, tiny_folder, method=top)).memory.parts
+    plain = flow.plan(task(tmp_path, tiny_folder, method=top, train={"keep_lower_states": False})).memory.parts
+    assert kept["lower"] > 0 and "lower" not in plain
+    assert "lower" not in flow.plan(task(tmp_path, tiny_folder, method={"name": "lora"})).memory.parts

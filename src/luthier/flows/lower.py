@@ -10,6 +10,8 @@ from luthier.flows.prepare import Prepared
 from luthier.records import Pack
 
 if TYPE_CHECKING:
+    import torch
+
     from luthier.model.frozen import Frozen
 
 PASSES = (
@@ -29,19 +31,14 @@ def keep_lower(
     """
     from luthier.model import frozen
 
-    if not prepared.spec.train.keep_lower_states or prepared.stream is not None:
-        return None
-    if not again and _passes(prepared) < PASSES:
-        return None
-    count = frozen.depth(model)
-    if not count:
+    if not (again or _pays(prepared)) or not (count := _depth(model, prepared)):
         return None
     packs = [*_packs(prepared, share), *dev_packs]
     probe = min(packs, key=len)
     if known is not None and known.depth == count and not frozen.differs(model, known, probe):
         return known
     size = _bytes(model, packs)
-    if size > MEMORY * _memory(model):
+    if size > MEMORY * memory(model.device):
         tell(Note(f"{count} frozen layers run in every epoch: their states would take {size / 1e9:.1f} GB"))
         return None
     tell(Stage("keep the lower layers' states", f"{count} frozen layers, {size / 1e6:.0f} MB"))
@@ -52,11 +49,28 @@ def keep_lower(
     return kept
 
 
-def _passes(prepared: Prepared) -> float:
-    """How often a run sees its rows."""
+def foreseen(model: Any, prepared: Prepared, dev_packs: Sequence[Pack], *, share: bool, room: int) -> int:
+    """Bytes of the states that a run would keep where there are `room` bytes of memory in all; `model` may be bare."""
+    if not _pays(prepared) or not _depth(model, prepared):
+        return 0
+    size = _bytes(model, [*_packs(prepared, share), *dev_packs])
+    return size if size <= MEMORY * room else 0
+
+
+def _pays(prepared: Prepared) -> bool:
+    """Whether the rows are seen often enough."""
     settings = prepared.spec.train
     steps = prepared.feed(share=False).total_steps
-    return steps * settings.batch_size / max(1, len(prepared.train))
+    return steps * settings.batch_size >= PASSES * len(prepared.train)
+
+
+def _depth(model: Any, prepared: Prepared) -> int:
+    """Layers whose states can be kept, where the task lets them be."""
+    from luthier.model import frozen
+
+    if not prepared.spec.train.keep_lower_states or prepared.stream is not None:
+        return 0
+    return frozen.depth(model)
 
 
 def _packs(prepared: Prepared, share: bool) -> list[Pack]:
@@ -71,12 +85,12 @@ def _bytes(model: Any, packs: Sequence[Pack]) -> int:
     return size * sum(len(pack) for pack in packs)
 
 
-def _memory(model: Any) -> int:
-    """Bytes of memory, in all, where the states would lie."""
+def memory(device: torch.device | str) -> int:
+    """Bytes of memory, in all, where states would lie."""
     import torch
 
-    if model.device.type == "cuda":
-        return torch.cuda.mem_get_info(model.device)[1]
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
     import psutil
 
     return int(psutil.virtual_memory().total)

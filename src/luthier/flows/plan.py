@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import registry, store
+from luthier.flows import lower
 from luthier.flows.events import Listener, Note, Stage, silent
 from luthier.flows.judge import Judge
 from luthier.flows.prepare import Prepared, prepare
@@ -33,6 +34,7 @@ PARTS = {
     "aside": "kept aside for it (copies, fixed matrices)",
     "optimiser": "float32 master, gradient sum, moments",
     "unpacked": "one matrix, unpacked for its product",
+    "lower": "states of frozen lower layers, kept for all epochs",
     "activations": "kept for the backward pass",
     "gradients": "gradients",
     "logits": "logits and their slope",
@@ -194,7 +196,9 @@ class Planner:
         cost = costs.cost_of_packs(logs["tune"], largest, work)
         looks = self._looks(prepared, feed, (rig, which), work, logs)
         answers = self._answers(prepared, (rig, which), logs)
-        found = memory.gather(rig, logs, settings, file_bytes=self._converted(spec))
+        found = memory.gather(
+            rig, logs, settings, file_bytes=self._converted(spec), lower=self._lower(prepared, rig, which)
+        )
         return Planned(
             name=spec.name,
             base=self.shape or spec.model.name,
@@ -255,6 +259,24 @@ class Planner:
             log = self._once((rig[1], "look", len(rehearsed)), lambda: memory.rehearse_look(rig[0], rehearsed))
             logs["look"] = log
         return costs.cost_of_packs(log, rehearsed, total) * -(-feed.total_steps // every)
+
+    def _lower(self, prepared: Prepared, rig: Any, which: str) -> int:
+        """Bytes of frozen lower layers' states that the run would keep; on a device that is not here, none."""
+        if not self.here:
+            return 0
+        settings = prepared.spec.train
+        dev = pack.plan(prepared.rendered_dev, budget=settings.tokens_per_pack, share=self.share)
+        room = lower.memory(self.device)
+        key = (
+            which,
+            "lower",
+            settings.tokens_per_pack,
+            settings.keep_lower_states,
+            settings.epochs,
+            settings.max_steps,
+        )
+        kept: int = self._once(key, lambda: lower.foreseen(rig.model, prepared, dev, share=self.share, room=room))
+        return kept
 
     def _answers(
         self, prepared: Prepared, rig: tuple[Any, str], logs: dict[str, Any]

@@ -22,11 +22,12 @@ from luthier.model.batch import Batch, Entry
 from luthier.model.logprob import hidden_states
 from luthier.model.passing import layers_of, passing
 from luthier.model.soft import soft_of
-from luthier.records import IntArray, Pack
+from luthier.records import IntArray, Pack, Rendered
 from luthier.text import pack as packing
 
 # Largest difference of the final states, as a share of their largest value, that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
+PROBE = Rendered((0, 0, 0), (0.0, 0.0, 1.0), 2, "probe")
 
 
 @dataclass
@@ -70,7 +71,7 @@ def depth(model: Any) -> int:
     try:
         with torch.enable_grad():
             model.eval()
-            model.get_decoder()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            hidden_states(model, Batch.of(*packing.plan([PROBE], budget=len(PROBE.ids)), model.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -301,9 +301,12 @@ def peaks(log: Log, small: int = SMALL) -> tuple[Counter[str], Counter[str]]:
 
 
 def gather(
-    rig: Rig, phases: Mapping[str, Log], train: TrainSpec, *, file_bytes: int = 0, runtime: int | None = None
-) -> Memory:
-    """Add up a run from its rehearsed phases. `file_bytes`: of weights that are converted while they are loaded."""
+    rig: Rig, phases: Mapping[str, Log], train: TrainSpec, *, file_bytes: int = 0, runtime: int | None = None,
+    lower: int = 0,
+) -> Memory:  # fmt: skip
+    """Add up a run from its rehearsed phases. `file_bytes`: of weights that are converted while they are loaded;
+    `lower`: of frozen lower layers' states that are kept.
+    """
     family = "cuda" if rig.device.startswith("cuda") else "cpu"
     parts = {
         "runtime": runtime if runtime is not None else {"cuda": CUDA_CONTEXT, "cpu": RUNTIME}[family],
@@ -313,6 +316,7 @@ def gather(
         "aside": rig.aside,
         "optimiser": optimiser_bytes(rig.trainable, train.optimizer, rig.device),
         "unpacked": rig.kept.largest,
+        "lower": lower,
     }
     standing = sum(parts.values())
     threshold = 0 if family == "cuda" else SMALL if sys.platform == "linux" else 1 << 62

@@ -190,6 +190,7 @@ def _by_shape(count: Callable[..., int]) -> Callable[..., int]:
 
 COUNTED: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],  # torch counts only the form that makes a new tensor
     aten._scaled_dot_product_flash_attention_for_cpu: _by_shape(_flash),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _by_shape(_flash_back),
 }
