@@ -6,11 +6,17 @@ import laws
 import pytest
 import torch
 from networks import VOCABULARY, network
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from luthier import registry
 from luthier.adapt import folded as folding
 from luthier.adapt.folded import folded
+from luthier.flows.judge import Judge
+from luthier.model import catalog, load
 from luthier.model.generate import generate
+from luthier.records import Completion, Example, Message, Origin
+from luthier.spec import EvaluateSpec
+from luthier.text.tokenizer import Tokenizer
 
 FOLDED = ("lora", "dora", "ia3", "pissa", "adalora", "loha", "lokr", "vera", "oft", "boft", "hra", "miss", "road",
           "randlora", "c3a", "vblora", "fourierft", "waveft", "shira", "delora", "hira", "gralora")  # fmt: skip
@@ -132,3 +138,31 @@ def test_tied_weights_are_left_alone():
     model = tuned({"name": "lora", "target_modules": ["lm_head"]}, base=base).model
     with folded(model, PROMPTS, 6, least=0) as found:
         assert not found.folded
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_a_judge_folds_while_it_asks_and_says_where_it_cannot(agrees, tmp_path, monkeypatch):
+    folder = catalog.locate("tiny")
+    model = tuned(base=load.load_model(folder, dtype="float32")).model
+    examples = [
+        Example((Message("user", f"Is {n} red?"), Message("assistant", "no")), Origin("f", n)) for n in range(9)
+    ]
+    judge = Judge(
+        examples=examples, shots_from=examples, template=registry.make("templates", "chat"),
+        tokenizer=Tokenizer.from_folder(folder), settings=EvaluateSpec(max_new_tokens=600), folder=tmp_path, identity={},
+    )  # fmt: skip
+    inside, events = [], []
+
+    def asked(model, prompts, **options):
+        inside.append([layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer)])
+        return [Completion("no", (1,), "end", (-1.0, -1.0)) for _ in prompts]
+
+    monkeypatch.setattr("luthier.model.generate.generate", asked)
+    if not agrees:
+        monkeypatch.setitem(folding.TOLERANCE, torch.float32, -1.0)
+    before = everything(model)
+    judge.answers("tuned", model, events.append, key="k")
+    assert inside
+    assert all(inside[0]) == agrees
+    assert [type(event).__name__ for event in events] == ([] if agrees else ["Note"])
+    unchanged(model, before)

@@ -161,6 +161,16 @@ def test_a_finished_row_costs_one_copy_at_most():
     assert value[0, 0, 0, 0] == -3
 
 
+def test_half_precision_stays_close():
+    model = network("llama").to(torch.bfloat16)
+    answers = generate(model, LAYOUTS["a tree"], decode=str, stop_ids=frozenset(), max_new_tokens=4, batch_size=5)
+    for prompt, answer in zip(LAYOUTS["a tree"], answers, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *answer.ids]])).logits[0].float()
+        own = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+        assert answer.logprobs == pytest.approx(own.tolist(), abs=0.15)
+
+
 def test_both_ends_happen():
     model = network("llama")
     found = generate(model, prompts(0, seed=1, count=12), decode=str, stop_ids=STOPS, max_new_tokens=12)
