@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier import registry, spec
+from luthier import lined, registry, spec
 from luthier.errors import SpecError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -274,7 +274,7 @@ def test_the_schema_is_a_schema_and_refuses_what_load_refuses():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_shipped_task_loads_and_fits_the_schema(path):
     spec.load(path)
-    tree = yaml.load(path.read_text("utf-8"), spec._Loader)
+    tree = yaml.load(path.read_text("utf-8"), lined.Loader)
     schema_check().validate(tree)
 
 

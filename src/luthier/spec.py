@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from luthier import familiar, registry
+from luthier import familiar, lined, registry
 from luthier.errors import Fault, SpecError, UsageError
 from luthier.familiar import ALIASES
 
@@ -162,32 +162,6 @@ class RunSpec(_Part):
 SHELF_OF = {"template": "templates", "method": "methods", "objective": "objectives"}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars (1e-3 is a number, yes is a word), and a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tfTF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a task YAML and apply `a.b=c` overrides; raise SpecError with every fault, each with its line."""
     path = Path(path)
@@ -196,7 +170,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
             "there is no such task file", where=str(path), remedy="`luthier init DIR --data FILE` writes one"
         )
     text = path.read_text("utf-8-sig")
-    written, lines = _parse(text, str(path))
+    written, lines = lined.parse(text, str(path))
     tree, faults = _resolve_aliases(written, lines, str(path))
     for override in overrides:
         faults += override_with(tree, override)
@@ -281,26 +255,6 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "luthier task", **schema}
 
 
-def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        node = yaml.compose(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise SpecError(str(error.problem or error), where=f"{where}:{line}", remedy="mend the YAML there") from None
-    if not isinstance(tree, dict):
-        raise SpecError("must be a mapping such as `model: smollm2-135m`", where=where)
-    return tree, dict(_lines(node))
-
-
-def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = f"{prefix}.{key.value}".strip(".")
-            yield path, key.start_mark.line + 1
-            yield from _lines(value, path)
-
-
 def _resolve_aliases(tree: Mapping[str, Any], lines: dict[str, int], where: str) -> tuple[dict[str, Any], list[Fault]]:
     result: dict[str, Any] = {}
     tree, faults = familiar.translate(tree)
@@ -318,7 +272,7 @@ def override_with(tree: dict[str, Any], text: str) -> list[Fault]:
     if not equals or not key:
         return [Fault(text, "is not a setting", "write key.subkey=value")]
     try:
-        value = yaml.load(raw, _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(raw, lined.Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         return [Fault(text, "has a value that is not YAML", "quote it")]
     meant, faults = familiar.translate({key: value})
