@@ -30,12 +30,11 @@ from luthier.training.checkpoint import Checkpoints, Snapshot
 from luthier.training.feed import Feed, StepBatch
 from luthier.training.optim import Master, scale
 from luthier.training.progress import Outcome, Progress
-from luthier.training.ranks import Ranks
+from luthier.training.ranks import Ranks, here
+from luthier.training.shares import Cost
 from luthier.training.signals import Stop, asked_to_stop
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from luthier.model.frozen import Frozen
 
 LossOf = Callable[[Pack], Loss]
@@ -60,7 +59,7 @@ class Training:
         checkpoints: Checkpoints | None = None,
         resume: bool = False,
         loss_of: LossOf | None = None,
-        accelerator: Accelerator | None = None,
+        ranks: Ranks | None = None,
         lower: Frozen | None = None,
     ) -> None:
         """`method` brings its learning rate and parameter groups; `loss_of` replaces forward pass and objective.
@@ -68,7 +67,8 @@ class Training:
         `lower` holds the states of frozen lower layers, which then do not run.
         """
         self.device = torch.device(device)
-        self.ranks = Ranks(accelerator or _accelerator(self.device))
+        self.ranks = ranks or here(self.device)
+        self._cost = Cost.of(adapted.model)
         self.feed, self.settings = feed, settings
         self.progress = Progress()
         self.resumed_from: int | None = None
@@ -215,7 +215,7 @@ class Training:
 
     def _optimise(self, batch: StepBatch) -> tuple[float, float, float, float]:
         """Accumulate all packs and update once; return mean loss, count, gradient norm, learning rate."""
-        packs = self.ranks.share(batch.packs)
+        packs = self.ranks.share(batch.packs, self._cost)
         sums, count = [], 0.0
         for pack in packs:
             loss = self._loss_of(pack)
@@ -223,6 +223,7 @@ class Training:
             self._master.collect()
             sums.append(loss.sum.detach())
             count += loss.count
+        self._keep_pace(batch.packs)
         own = [float(value) for value in torch.stack(sums).tolist()] if sums else []  # one wait for the device
         total, count = self.ranks.sums(math.fsum(own) if all(map(math.isfinite, own)) else math.nan, count)
         if not math.isfinite(total) or not count:
@@ -243,6 +244,14 @@ class Training:
         if not math.isfinite(norm):
             self._fail("the gradient is not a number", batch.packs)
         return total / count, count, norm, rate
+
+    def _keep_pace(self, packs: Sequence[Pack]) -> None:
+        """Where all processes put layers together at once, run a pack along for those that have more of them."""
+        for _ in range(self.ranks.idle(packs)):
+            loss = self._loss_of(min(packs, key=len)).sum
+            if loss.requires_grad:
+                loss.backward()
+                self._master.drop()
 
     def _fail(self, what: str, packs: Sequence[Pack]) -> None:
         self._master.discard()
@@ -273,10 +282,11 @@ class Training:
         """Mean loss over the dev rows, without dropout and without touching the training's randomness."""
         total = count = 0.0
         with rng.aside(EVALUATION_SEED, self.device), _mode(self._model, training=False), torch.no_grad():
-            for pack in self.ranks.share(self._dev_packs):
+            for pack in self.ranks.share(self._dev_packs, self._cost):
                 loss = self._loss_of(pack)
                 total += float(loss.sum)
                 count += loss.count
+            self._keep_pace(self._dev_packs)
         total, count = self.ranks.sums(total, count)
         if not count or not math.isfinite(total):
             self._fail("the dev loss is not a number", self._dev_packs)
@@ -319,12 +329,6 @@ class Training:
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _accelerator(device: torch.device) -> Accelerator:
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
 def _loss_of(model: Any, objective: Objective | None, device: torch.device, lower: Frozen | None) -> LossOf:

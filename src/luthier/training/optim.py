@@ -95,6 +95,10 @@ class Master:
     def discard(self) -> None:
         """Forget gradients that were collected or are still on the parameters."""
         self.grad.zero_()
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget gradients that are still on the parameters."""
         for parameter, _, _ in self._views:
             parameter.grad = None
 

@@ -1,0 +1,102 @@
+"""Who computes what: a step's packs dealt out by predicted cost, and cut so that several processes have enough.
+
+A step lasts as long as its slowest process. Every function here is a pure one of the packs, so that all processes come
+to the same answer without asking each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.records import Pack, Rendered
+from luthier.text import pack as packing
+
+CUTS = 8  # pack sizes that are tried between an even share of a step and the whole of it
+WORTH = 0.98  # a step is cut smaller only where its slowest process gains this much
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training step's parts cost, in floating point operations; the defaults count tokens."""
+
+    token: float = 1.0
+    pair: float = 0.0  # of tokens that see each other, over all layers
+    target: float = 0.0
+
+    @classmethod
+    def of(cls, model: Any) -> Cost:
+        """The cost by a transformer's sizes: forward and input gradient, as most weights are frozen."""
+        config = getattr(model, "config", None)
+        if config is None:
+            return cls()
+        sizes = config.get_text_config()
+        hidden, heads, layers = sizes.hidden_size, sizes.num_attention_heads, sizes.num_hidden_layers
+        inner = getattr(sizes, "intermediate_size", None) or 4 * hidden
+        inner = max(inner) if isinstance(inner, Sequence) else inner
+        width = heads * (getattr(sizes, "head_dim", None) or hidden // heads)
+        narrow = width * (getattr(sizes, "num_key_value_heads", None) or heads) // heads
+        weights = hidden * (2 * width + 2 * narrow + 3 * inner)
+        return cls(4.0 * layers * weights, 12.0 * layers * width, 4.0 * hidden * sizes.vocab_size)
+
+    def __call__(self, pack: Pack) -> float:
+        """Operations of one pack."""
+        pairs = float((pack.positions + 1).sum()) if self.pair else 0.0
+        return self.token * len(pack) + self.pair * pairs + self.target * len(pack.target_ids)
+
+
+def deal(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Places of the items of each of `count` processes: the longest first, each to whoever has least.
+
+    The slowest has at most 4/3 of what the best deal would give it (Graham 1969).
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
+        least = loads.index(min(loads))
+        shares[least].append(place)
+        loads[least] += costs[place]
+    return [sorted(share) for share in shares]
+
+
+def rounds(costs: Sequence[float], count: int) -> list[list[int]]:
+    """The same where processes go in step, pass by pass: as many each as can be, and like costs in a round."""
+    order = sorted(range(len(costs)), key=lambda place: (-costs[place], place))
+    return [order[index::count] for index in range(count)]
+
+
+def slowest(costs: Sequence[float], count: int, *, in_step: bool = False) -> float:
+    """The cost of a step: of the process that has most, or of the dearest in every round."""
+    if in_step:
+        return math.fsum(sorted(costs, reverse=True)[::count])
+    return max((math.fsum(costs[place] for place in share) for share in deal(costs, count)), default=0.0)
+
+
+def planner(count: int, cost: Callable[[Pack], float], *, in_step: bool = False) -> Callable[..., list[Pack]]:
+    """`text.pack.plan` for several processes: packs may come out smaller than the budget where that ends a step sooner.
+
+    A shared prefix is computed again in each pack that it is cut into; losses and gradients stay those of the rows.
+    """
+
+    def plan(rows: Sequence[Rendered], *, budget: int, share: bool = True) -> list[Pack]:
+        best = packing.plan(rows, budget=budget, share=share)
+        if count == 1 or not best:
+            return best
+        least = slowest([cost(pack) for pack in best], count, in_step=in_step)
+        for smaller in _budgets(min(budget, sum(map(len, best))), count):
+            tried = packing.plan(rows, budget=smaller, share=share)
+            time = slowest([cost(pack) for pack in tried], count, in_step=in_step)
+            if time < WORTH * least:
+                best, least = tried, time
+        return best
+
+    return plan
+
+
+def _budgets(tokens: int, count: int) -> list[int]:
+    """Pack sizes below `tokens`, largest first, down to half an even share."""
+    smallest = tokens / (2 * count)
+    sizes = (math.ceil(tokens - (tokens - smallest) * cut / CUTS) for cut in range(1, CUTS + 1))
+    return [size for size in sizes if size < tokens]
