@@ -116,7 +116,9 @@ def tokenised(folder: Path, model: str, quick: bool, clock: Clock) -> Any:
 
     tokenizer = Tokenizer.from_folder(catalog.locate(model))
     template = registry.make("templates", "plain", "template")
+    before = anonymous()
     examples = clock("read", lambda: read([folder / "rows.jsonl"]).examples)
+    clock.told["examples_memory_bytes"] = anonymous() - before
     if not quick:
         sides = clock("split", lambda: split(examples, dev=0.1, test=0.15, seed=0))
         clock("guard", lambda: guard(sides.train, sides.dev, sides.test))
