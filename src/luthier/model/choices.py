@@ -21,9 +21,10 @@ from luthier.model import decode
 from luthier.model.attention import shares_prefixes
 from luthier.model.draw import Sampling
 from luthier.model.logprob import head_logits
-from luthier.model.refill import FILL_TOKENS, Batch
+from luthier.model.refill import FILL_TOKENS, Batch, joined
 
 HEAD_ROWS = 512  # states per head product, as in `logprob`
+PASS_TOKENS = 32  # a search looks at several beginnings at once while a pass over fewer tokens would take as long
 
 
 @dataclass
@@ -115,17 +116,15 @@ def choose(
     trie = Trie.of(choices)
     if not prompts:
         return []
-    batch = _batch(model, prompts, batch_size, len(trie.inner))
+    batch = _batch(model, prompts, batch_size, len(trie.inner) + PASS_TOKENS)
     searches = [_Search(trie.root) for _ in prompts]
     with torch.inference_mode():
-        begun = batch.enter()
-        states = begun[:, 0] if begun is not None else None
+        states = batch.enter()
         while states is not None:
             _advance(batch, searches, _logprobs(model, states))
-            parts = [_run(batch, searches)] if batch.rows else []
+            run = _run(batch, searches) if batch.rows else None
             begun = batch.enter()
-            parts += [begun[:, 0]] if begun is not None else []
-            states = torch.cat(parts) if parts else None
+            states = begun if run is None else joined(run, begun)
     return [search.found for search in searches]
 
 
@@ -133,48 +132,62 @@ class _Search:
     """One prompt's search: beginnings by their log-probability, and where the run ones lie behind the prompt."""
 
     def __init__(self, root: Node) -> None:
-        self.node, self.sum = root, 0.0  # the beginning that is run next, or was run last
+        self.running = [(root, 0.0)]  # beginnings in the pass, with their log-probabilities
         self.found = (-1, float("-inf"))
         self.places: dict[int, int] = {}  # by the node's number
         self._open: list[tuple[float, int, Node]] = []
         self._count = itertools.count()
 
-    def advance(self, logprobs: torch.Tensor) -> bool:
-        """Take in what may follow the last node, (vocabulary,), and turn to the best beginning; True: a whole label."""
-        children = list(self.node.children.values())
-        for child, logprob in zip(children, logprobs[[c.token for c in children]].tolist(), strict=True):
-            heapq.heappush(self._open, (-(self.sum + logprob), next(self._count), child))
-        lost, _, self.node = heapq.heappop(self._open)
-        self.sum = -lost
-        if self.node.label is None:
-            return False
-        self.found = (self.node.label, self.sum)
-        return True
+    def advance(self, logprobs: torch.Tensor, width: int) -> bool:
+        """Take in what may follow the run beginnings, (nodes, vocabulary); True: the best is a whole label.
+
+        Otherwise turn to the best `width` beginnings, none of which is less likely than a label that was found.
+        """
+        for (node, before), own in zip(self.running, logprobs, strict=False):
+            children = list(node.children.values())
+            for child, logprob in zip(children, own[[c.token for c in children]].tolist(), strict=True):
+                heapq.heappush(self._open, (-(before + logprob), next(self._count), child))
+        lost, _, best = self._open[0]
+        if best.label is not None:
+            self.found = (best.label, -lost)
+            return True
+        self.running = []
+        while self._open and self._open[0][2].label is None and len(self.running) < width:
+            lost, _, node = heapq.heappop(self._open)
+            self.running.append((node, -lost))
+        return False
 
 
 def _advance(batch: Batch, searches: Sequence[_Search], logprobs: torch.Tensor) -> None:
     """Let every row's search go on; rows that have found their label leave."""
-    done = [searches[row.index].advance(logprobs[slot]) for slot, row in enumerate(batch.rows)]
+    width = max(1, PASS_TOKENS // len(batch.rows))
+    done = [searches[row.index].advance(logprobs[slot], width) for slot, row in enumerate(batch.rows)]
     for slot in reversed(range(len(done))):
         if done[slot]:
             batch.finish(slot)
 
 
 def _run(batch: Batch, searches: Sequence[_Search]) -> torch.Tensor:
-    """Run the beginning that each row's search has turned to; states (rows, hidden)."""
+    """Run the beginnings that each row's search has turned to; states (rows, most beginnings, hidden)."""
     memory, device = batch.memory, batch.model.device
     looking = [searches[row.index] for row in batch.rows]
-    prompts = [len(batch.own(row.index)) for row in batch.rows]
-    sees = torch.zeros(len(looking), 1, max(memory.lengths) + 1, dtype=torch.bool)
-    for row, (search, length) in enumerate(zip(looking, prompts, strict=True)):
-        search.places[search.node.number] = memory.lengths[row] - length
-        sees[row, 0, :length] = True
-        sees[row, 0, [length + search.places[node.number] for node in search.node.path()]] = True
-    ids = torch.tensor([[search.node.token] for search in looking], device=device)
-    depths = torch.tensor([[n + s.node.depth - 1] for n, s in zip(prompts, looking, strict=True)], device=device)
-    states = decode.forward(batch.model, ids, memory, depths=depths, sees=sees.to(device))
-    memory.lengths = [length + 1 for length in memory.lengths]
-    return states[:, 0]
+    width = max(len(search.running) for search in looking)
+    ids = torch.zeros(len(looking), width, dtype=torch.long)
+    depths = torch.zeros_like(ids)
+    sees = torch.zeros(len(looking), width, max(memory.lengths) + width, dtype=torch.bool)
+    for row, search in enumerate(looking):
+        prompt = len(batch.own(batch.rows[row].index))
+        sees[row, :, :prompt] = True
+        depths[row] = prompt  # of what fills the row up, too
+        for place, (node, _) in enumerate(search.running):
+            search.places[node.number] = memory.lengths[row] + place
+            ids[row, place], depths[row, place] = node.token, prompt + node.depth - 1
+            sees[row, place, [search.places[above.number] for above in node.path()]] = True
+    states = decode.forward(
+        batch.model, ids.to(device), memory, depths=depths.to(device), sees=sees.to(device)
+    )  # fmt: skip
+    memory.lengths = [n + len(search.running) for n, search in zip(memory.lengths, looking, strict=True)]
+    return states
 
 
 def _whole(batch: Batch, trie: Trie, ancestry: torch.Tensor) -> torch.Tensor:

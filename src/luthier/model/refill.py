@@ -71,7 +71,7 @@ class Batch:
             self._leave()
             states = self._step() if self.rows else None
             entered = self.enter()
-            states = entered if states is None else _joined(states, entered)
+            states = entered if states is None else joined(states, entered)
 
     def enter(self) -> torch.Tensor | None:
         """Let waiting rows in while there is room enough; their last tokens' states (rows, 1, hidden)."""
@@ -211,7 +211,7 @@ class Batch:
             number = self.plan.stems[number].parent
 
 
-def _joined(states: torch.Tensor, entered: torch.Tensor | None) -> torch.Tensor:
+def joined(states: torch.Tensor, entered: torch.Tensor | None) -> torch.Tensor:
     """States of rows in work and of those that came in, which have no guesses yet."""
     if entered is None:
         return states
