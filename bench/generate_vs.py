@@ -13,7 +13,8 @@ Arms, in alternating order, greedy, the same prompts and `max_new_tokens`:
   transformers_merged    the same on weights with the adapter merged in: the claim is measured against this arm
   llama_cpp              llama-cpp-python, where it is installed and `--gguf` names the merged model in equal precision
   luthier_attached       luthier without folding
-  luthier                the default path: the adapter is folded in and taken out again inside the measured time
+  luthier                the default path: where there are rows enough, the adapter is folded in and taken out again inside
+                         the measured time
   luthier_unshared       the default path with no beginnings shared and no guesses: isolates the two
   luthier_choices        the exact best of the training answers, where these are a closed set: another way to the answer
 """
@@ -98,12 +99,12 @@ class Bench:
                 pass
         return adapted
 
-    def luthier(self, *, least: int = 0, guess: bool = True) -> list[str]:
-        """luthier's answers; `least` tokens of work from which the adapter is folded in."""
-        from luthier.adapt.folded import folded
+    def luthier(self, *, least: int | None = None, guess: bool = True) -> list[str]:
+        """luthier's answers; `least` tokens of work from which the adapter is folded in, else luthier's own measure."""
+        from luthier.adapt.folded import WORTH_TOKENS, folded
         from luthier.model.generate import generate
 
-        with folded(self.model, self.prompts, self.new, least=least) as folding:
+        with folded(self.model, self.prompts, self.new, least=WORTH_TOKENS if least is None else least) as folding:
             if folding.why:
                 raise SystemExit(f"not folded: {folding.why}")
             found = generate(
@@ -117,7 +118,7 @@ class Bench:
         from luthier.adapt.folded import folded
         from luthier.model.choices import choose
 
-        with folded(self.model, self.prompts, self.new, least=0):
+        with folded(self.model, self.prompts, self.new):
             found = choose(self.model, self.prompts, self._labels(), batch_size=self.asked.together)
         return [self._closed[label] for label, _ in found]
 
