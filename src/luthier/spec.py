@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -111,6 +111,10 @@ class TrainSpec(_Part):
     keep_lower_states: bool = Field(True, description="compute frozen lower layers once, not in each epoch (exact)")
     checkpointing: bool = Field(False, description="recompute activations: less memory, about half slower")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores by default")
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="on this machine, each takes a share of every step; auto: one per GPU"
+    )
+    sharding: Literal["none", "full"] = Field("none", description="full: each process holds a part of the base (FSDP2)")
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, description="trackers")
 
 
@@ -361,6 +365,10 @@ def _combinations(spec: RunSpec) -> list[Fault]:
         faults.append(Fault("data.test", "leaves too little to learn from", "dev and test together below 0.9"))
     if spec.quantize.block != 64 and spec.quantize.name not in ("nf4", "fp4"):
         faults.append(Fault("quantize.block", "is for nf4 and fp4", "int8 has one constant for each row of a matrix"))
+    if spec.train.sharding == "full" and spec.quantize.name != "none":
+        faults.append(
+            Fault("train.sharding", "cannot stand with quantize", "a 4-bit base is small: train.sharding: none")
+        )
     if spec.data.format and spec.data.columns:
         faults.append(Fault("data.columns", "cannot stand with data.format", "columns name a format of their own"))
     return faults

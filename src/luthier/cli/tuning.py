@@ -28,6 +28,7 @@ def train(
     from luthier.errors import TrainingError
 
     asked = spec.load(task, overrides or ())
+    from luthier.flows.team import is_first
     from luthier.flows.train import train as flow
 
     run = store.Run(Path(asked.runs) / asked.name)
@@ -38,7 +39,8 @@ def train(
         if run.record.exists() and store.read_json(run.record).get("status") == "interrupted":
             error.exit_code = INTERRUPTED
         raise
-    report_to(report, as_json, where=str(run.html))
+    if is_first():
+        report_to(report, as_json, where=str(run.html))
 
 
 @app.command()

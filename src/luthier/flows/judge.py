@@ -17,6 +17,7 @@ from luthier import registry, store
 from luthier.contracts import Scorer, Template
 from luthier.evaluate import predict
 from luthier.flows.events import Answering, Listener, Note
+from luthier.flows.team import Team
 from luthier.records import Completion, Example, Message, Prediction, Rendered
 from luthier.spec import EvaluateSpec
 from luthier.text.render import render_prompt
@@ -39,6 +40,7 @@ class Judge:
     identity: dict[str, Any]  # base, template and tokenizer hashes: part of every key
     context: int | None = None  # tokens the model can read
     rendered: Sequence[Rendered] = ()  # the items as they were rendered, cut where the task allows it
+    team: Team = field(default_factory=Team)  # the processes that answer together
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,15 +66,16 @@ class Judge:
         path = self.folder / f"{system}.jsonl"
         about = self.folder / f"{system}.json"
         told = store.read_json(about) if about.exists() and path.exists() else {}
-        if told.get("key") == wanted:
+        if self.team.agreed(told.get("key") == wanted):
             self.seconds[system] = told["seconds"]
             return self.scored(predict.load(path))
         started = time.perf_counter()
-        completions = self._generate(system, model, prompts, listener)
+        completions = self.team.answers(prompts, lambda some: self._generate(system, model, some, listener))
         self.seconds[system] = time.perf_counter() - started
         predictions = predict.pair(self.examples, completions)
-        predict.save(path, predictions)
-        store.write_json(about, {"key": wanted, "seconds": self.seconds[system], **decoding})
+        if self.team.first:
+            predict.save(path, predictions)
+            store.write_json(about, {"key": wanted, "seconds": self.seconds[system], **decoding})
         return self.scored(predictions)
 
     def scored(self, predictions: Sequence[Prediction]) -> list[Prediction]:

@@ -22,11 +22,11 @@ from luthier.flows.events import Listener, Note, silent
 from luthier.flows.gather import SAMPLED, Gathered, gather, read_rows, sides_of
 from luthier.records import Example, Rendered
 from luthier.spec import DataSpec, RunSpec
-from luthier.text import show
+from luthier.text import pack, show
 from luthier.text.kept import render_kept
 from luthier.text.render import Rendering, render
 from luthier.text.tokenizer import Tokenizer
-from luthier.training.feed import ShuffledFeed, StreamFeed
+from luthier.training.feed import Plan, ShuffledFeed, StreamFeed
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Prepared:
         made: Objective = registry.make("objectives", self.spec.objective, "objective")
         return made
 
-    def feed(self, *, share: bool) -> ShuffledFeed | StreamFeed:
+    def feed(self, *, share: bool, plan: Plan = pack.plan) -> ShuffledFeed | StreamFeed:
         """The training rows in the order of the run.
 
         An objective with rows of its own has them rendered here, so that none is at fault in the middle of the run.
@@ -126,6 +126,7 @@ class Prepared:
                 max_steps=settings.max_steps,
                 budget=settings.tokens_per_pack,
                 share=share,
+                plan=plan,
             )
         return ShuffledFeed(
             self.rendered_train if plain else [self.branches(example) for example in self.train],
@@ -135,6 +136,7 @@ class Prepared:
             max_steps=settings.max_steps,
             budget=settings.tokens_per_pack,
             share=share,
+            plan=plan,
         )
 
     def branches(self, example: Example) -> list[Rendered]:

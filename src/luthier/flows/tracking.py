@@ -35,4 +35,5 @@ def tracked(spec: RunSpec, run: store.Run, *, on_cpu: bool) -> Iterator[Callable
             {key: value for key, value in dataclasses.asdict(step).items() if value is not None}, step=step.index
         )
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # `end_training` would also part this run's processes
+            tracker.finish()

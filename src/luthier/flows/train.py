@@ -17,13 +17,15 @@ from luthier.contracts import Adapted, Method
 from luthier.errors import TrainingError, UsageError
 from luthier.evaluate import page
 from luthier.evaluate import report as reports
+from luthier.flows import launch
 from luthier.flows.events import Listener, Note, Progress, Stage, silent
 from luthier.flows.judge import Judge
 from luthier.flows.lower import keep_lower
 from luthier.flows.prepare import Prepared, prepare
+from luthier.flows.team import Team
 from luthier.hub import cards
 from luthier.records import AdapterCard, Loss
-from luthier.spec import RunSpec
+from luthier.spec import ModelSpec, RunSpec
 
 PROVED = 64  # rows from which the guard picks the shortest
 
@@ -36,15 +38,19 @@ def train(
     With `resume` a killed or interrupted run goes on where its newest good checkpoint stands and ends with the bytes
     that an uninterrupted run has (same machine, threads, dtype). Raises UsageError when the run exists otherwise.
     """
-    tell = on_event or silent
+    if (count := launch.several(spec)) > 1:
+        return launch.train(spec, count, resume=resume, overwrite=overwrite, on_event=on_event)
+    team = Team.of(spec)
+    tell = on_event if on_event and team.first else silent
     run = store.Run(Path(spec.runs) / spec.name)
-    with run.lock():
-        _make_room(run, resume, overwrite)
-        prepared = prepare(spec, split_history=_split_history(run), on_event=tell)
-        _begin(run, spec, prepared)
-        base, identity = load_base(spec, prepared, tell)
-        judge = judge_of(run, spec, prepared, identity)
-        browse = judge_of(run, spec, prepared, identity, dev=True)
+    with team.holding(run) as own:  # where this process writes: the run itself in the first
+        with team.in_turn():
+            _make_room(own, resume, overwrite)
+            prepared = prepare(spec, split_history=_split_history(run), on_event=tell)
+            _begin(own, spec, prepared)
+        base, identity = load_base(spec, prepared, tell, team)
+        judge = judge_of(run, spec, prepared, identity, team=team)
+        browse = judge_of(run, spec, prepared, identity, team=team, dev=True)
 
         answers, looked, chance = {}, {}, judge.check()
         tell(Stage("measure the base", f"{len(judge.examples)} test and {len(browse.examples)} dev rows"))
@@ -55,22 +61,45 @@ def train(
             answers["base_few_shot"] = judge.answers("base_few_shot", base, tell, key=shown, shots=True)
 
         method: Method = registry.make("methods", spec.method, "method")
-        adapted = method.attach(base, seed=spec.train.seed, evidence=RunEvidence(base, prepared))
-        outcome = _learn(run, spec, prepared, adapted, method, identity, resume, tell)
-        card = card_of(spec, prepared, identity, outcome)
-        card = cards.publish(
-            run.adapter, adapted, card, template=prepared.template, tokenizer=prepared.tokenizer,
-            readme=cards.readme(card, "Trained with luthier; its measurements are in report.json of its run."),
-        )  # fmt: skip
+        adapted = _attach(method, base, prepared, team)
+        outcome = _learn(run, own, spec, prepared, adapted, method, identity, resume, tell, team)
+        card = _publish(run, spec, prepared, adapted, identity, outcome, team)
 
         tell(Stage("measure the tuned model", f"{len(judge.examples)} test and {len(browse.examples)} dev rows"))
         adapted.model.eval()
         digest = card.files["adapter_model.safetensors"]
         answers["tuned"] = judge.answers("tuned", adapted.model, tell, key=digest)
         looked["tuned"] = browse.answers("tuned", adapted.model, tell, key=digest)
-        report = write_report(run, spec, prepared, judge, answers, looked, outcome, chance)
-        run.update(ended=now(), status="complete", adapter=digest, sentence=report["sentence"])
+        with team.in_turn():
+            if not team.first:
+                return dict(store.read_json(run.report))
+            report = write_report(run, spec, prepared, judge, answers, looked, outcome, chance)
+            run.update(ended=now(), status="complete", adapter=digest, sentence=report["sentence"])
         return report
+
+
+def _attach(method: Method, base: Any, prepared: Prepared, team: Team) -> Adapted:
+    evidence, seed = RunEvidence(base, prepared), prepared.spec.train.seed
+    if not team.sharded:
+        return method.attach(base, seed=seed, evidence=evidence)
+    from luthier.training import sharded
+
+    return sharded.attach(method, base, seed=seed, evidence=evidence)
+
+
+def _publish(
+    run: store.Run, spec: RunSpec, prepared: Prepared, adapted: Adapted, identity: dict[str, Any],
+    outcome: dict[str, Any], team: Team,
+) -> AdapterCard:  # fmt: skip
+    """Write the adapter, in the first process; all of them get its card."""
+    with team.in_turn():
+        if not team.first:
+            return cards.read(run.adapter)
+        card = card_of(spec, prepared, identity, outcome)
+        readme = cards.readme(card, "Trained with luthier; its measurements are in report.json of its run.")
+        return cards.publish(
+            run.adapter, adapted, card, template=prepared.template, tokenizer=prepared.tokenizer, readme=readme
+        )
 
 
 def _make_room(run: store.Run, resume: bool, overwrite: bool) -> None:
@@ -122,12 +151,14 @@ class RunEvidence:
                 yield self._prepared.objective.loss(logprobs(self._model, batch), batch)
 
 
-def load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, dict[str, Any]]:
-    """Load the base and say what decides its answers."""
+def load_base(
+    spec: RunSpec, prepared: Prepared, tell: Listener, team: Team | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Load the base, in parts where the team's processes share it out, and say what decides its answers."""
     from luthier.model import catalog, load, proof, quantize
 
     tell(Stage("load the base", spec.model.name))
-    if spec.train.threads:
+    if spec.train.threads and not (team and team.ranks):  # a team has divided its threads
         import torch
 
         torch.set_num_threads(spec.train.threads)
@@ -137,9 +168,14 @@ def load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, d
     for note in moments.require(spec.train.optimizer, load.pick_device(asked.device)):
         tell(Note(note, "warning"))
     base = load.load_model(
-        prepared.model_folder, dtype=asked.dtype, device=asked.device, trust_remote_code=asked.trust_remote_code,
-        quantize=spec.quantize,
+        prepared.model_folder, trust_remote_code=asked.trust_remote_code, quantize=spec.quantize,
+        **_place(asked, apart=bool(team and team.sharded)),
     )  # fmt: skip
+    if team and team.sharded:
+        from luthier.training import sharded
+
+        sharded.shard(base, load.pick_device(asked.device))
+        tell(Note(f"each of {team.count} processes holds {sharded.held_bytes(base) / 1e6:,.1f} MB of the base"))
     if kept := quantize.found(base):
         told = quantize.bits(base)
         tell(
@@ -149,6 +185,16 @@ def load_base(spec: RunSpec, prepared: Prepared, tell: Listener) -> tuple[Any, d
         prepared.separate = reason
         tell(Note(f"prefixes are not shared: {reason}; rows run padded, exact and slower", "warning"))
     return base, {**identity_of(base, prepared), "base_name": catalog.resolved_name(prepared.model_folder)}
+
+
+def _place(asked: ModelSpec, *, apart: bool) -> dict[str, str]:
+    """Number format and device of a base; one that will lie in parts is put together on the CPU."""
+    from luthier.model import load
+
+    if not apart:
+        return {"dtype": asked.dtype, "device": asked.device}
+    kind = load.pick_dtype(asked.dtype, load.pick_device(asked.device))
+    return {"dtype": str(kind).removeprefix("torch."), "device": "cpu"}
 
 
 def identity_of(base: Any, prepared: Prepared) -> dict[str, Any]:
@@ -169,8 +215,9 @@ def identity_of(base: Any, prepared: Prepared) -> dict[str, Any]:
 
 
 def judge_of(
-    run: store.Run, spec: RunSpec, prepared: Prepared, identity: dict[str, Any], *, dev: bool = False
-) -> Judge:
+    run: store.Run, spec: RunSpec, prepared: Prepared, identity: dict[str, Any], *, dev: bool = False,
+    team: Team | None = None,
+) -> Judge:  # fmt: skip
     """The test rows' judge, or the dev rows' (whose items may be read)."""
     return Judge(
         examples=prepared.dev if dev else prepared.test,
@@ -182,16 +229,16 @@ def judge_of(
         identity={key: value for key, value in identity.items() if key != "base_name"},
         context=prepared.context,
         rendered=prepared.rendered_dev if dev else prepared.rendered_test,
+        team=team or Team(),
     )
 
 
 def _learn(
-    run: store.Run, spec: RunSpec, prepared: Prepared, adapted: Adapted, method: Method, identity: dict[str, Any],
-    resume: bool, tell: Listener,
+    run: store.Run, own: store.Run, spec: RunSpec, prepared: Prepared, adapted: Adapted, method: Method,
+    identity: dict[str, Any], resume: bool, tell: Listener, team: Team,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the loop; every step goes to `steps.jsonl`, the trackers and the listener. Returns the loop's outcome."""
     from luthier.flows.tracking import tracked
-    from luthier.text import pack
     from luthier.training.checkpoint import Checkpoints, fingerprint
     from luthier.training.loop import Training
 
@@ -203,34 +250,36 @@ def _learn(
             dtype=identity["dtype"],
         ),
     )  # fmt: skip
-    dev_packs = pack.plan(prepared.rendered_dev, budget=settings.tokens_per_pack, share=shares)
+    plan = team.planner(adapted.model)
+    dev_packs = plan(prepared.rendered_dev, budget=settings.tokens_per_pack, share=shares)
     training = Training(
         adapted,
         registry.make("objectives", spec.objective, "objective"),
-        prepared.feed(share=shares),
+        prepared.feed(share=shares, plan=plan),
         settings,
         device=adapted.model.device,
         dev_packs=dev_packs,
         lower=keep_lower(adapted.model, prepared, dev_packs, share=shares, tell=tell),
         method=method,
         checkpoints=checkpoints,
-        resume=resume and bool(checkpoints.steps()),  # killed before the first one: a fresh start
+        resume=team.agreed(resume and bool(checkpoints.steps())),  # killed before the first one: a fresh start
+        ranks=team.ranks,
     )
     for note in training.notes:
         tell(Note(note, "warning"))
-    _forget_after(run, training.resumed_from or 0)
+    _forget_after(own, training.resumed_from or 0)
     total, began = training.feed.total_steps, time.perf_counter()
     tell(Stage("tune", f"{len(adapted.trainable())} tensors, {total} steps"))
-    with tracked(spec, run, on_cpu=adapted.model.device.type == "cpu") as trackers:
+    with tracked(spec, own, on_cpu=adapted.model.device.type == "cpu") as trackers:
         for step in training:
-            store.append_jsonl(run.steps, dataclasses.asdict(step))
+            store.append_jsonl(own.steps, dataclasses.asdict(step))
             trackers(step)
             done = step.index - (training.resumed_from or 0)
             tell(Progress(step, total, (time.perf_counter() - began) / done * (total - step.index)))
     outcome = training.outcome
-    run.update(training=dataclasses.asdict(outcome))
+    own.update(training=dataclasses.asdict(outcome))
     if outcome.ended == "interrupted":
-        run.update(status="interrupted")
+        own.update(status="interrupted")
         raise TrainingError(
             f"stopped at step {outcome.steps} of {total}; everything is saved", remedy="the same command with --resume"
         )

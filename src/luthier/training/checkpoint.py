@@ -35,6 +35,7 @@ ROOM_TO_SAVE = 2.2  # and before each save: the new one, while the old ones stil
 FREE_OF_CHOICE = {
     "runs", "name", "evaluate", "model.name", "model.revision", "model.device", "data.train", "data.dev", "data.test",
     "train.save_every", "train.keep", "train.report_to", "train.threads", "train.tokens_per_pack",
+    "train.processes", "train.sharding",
 }  # fmt: skip
 
 
