@@ -47,16 +47,24 @@ def shard(model: Any, device: torch.device | str) -> None:
 def attach(method: Method, model: Any, *, seed: int, evidence: Evidence | None) -> Adapted:
     """Attach a method to a base in parts; SpecError where it must read or tune whole matrices of the layers."""
     name = type(method).__module__.rpartition(".")[2]
+    reads = SpecError(f"the method '{name}' reads the base's matrices, which lie in parts", where=WHERE, remedy=REMEDY)
+    before = {id(tensor) for tensor in _in_parts(model)}
     try:
         adapted = method.attach(model, seed=seed, evidence=evidence)
-    except LuthierError:
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:
-        what = f"the method '{name}' reads the base's matrices, which lie in parts ({type(error).__name__})"
-        raise SpecError(what, where=WHERE, remedy=REMEDY) from error
+    except (LuthierError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        if isinstance(error, LuthierError) and "DTensor" not in str(error):
+            raise
+        raise reads from error
     if any(isinstance(parameter, DTensor) for parameter in adapted.trainable().values()):
-        raise SpecError(f"the method '{name}' tunes the layers' own parameters", where=WHERE, remedy=REMEDY)
+        raise SpecError(f"the method '{name}' tunes the layers' own matrices", where=WHERE, remedy=REMEDY)
+    if any(id(tensor) not in before for tensor in _in_parts(adapted.model)):
+        raise reads
     return adapted
+
+
+def _in_parts(model: Any) -> list[DTensor]:
+    """The model's tensors of which this process holds a part."""
+    return [t for found in (model.parameters(), model.buffers()) for t in found if isinstance(t, DTensor)]
 
 
 def held_bytes(model: Any) -> int:
