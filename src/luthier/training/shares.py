@@ -14,7 +14,7 @@ from typing import Any
 from luthier.records import Pack, Rendered
 from luthier.text import pack as packing
 
-CUTS = 8  # pack sizes that are tried between an even share of a step and the whole of it
+HALVINGS = 6  # of the range in which the best pack size is sought: to a 64th of a step
 WORTH = 0.98  # a step is cut smaller only where its slowest process gains this much
 
 
@@ -85,8 +85,8 @@ def planner(count: int, cost: Callable[[Pack], float], *, in_step: bool = False)
         if count == 1 or not best:
             return best
         least = slowest([cost(pack) for pack in best], count, in_step=in_step)
-        for smaller in _budgets(min(budget, sum(map(len, best))), count):
-            tried = packing.plan(rows, budget=smaller, share=share)
+        for times in (1, 2):
+            tried = _in_parts(rows, times * count, best, budget=budget, share=share)
             time = slowest([cost(pack) for pack in tried], count, in_step=in_step)
             if time < WORTH * least:
                 best, least = tried, time
@@ -95,8 +95,19 @@ def planner(count: int, cost: Callable[[Pack], float], *, in_step: bool = False)
     return plan
 
 
-def _budgets(tokens: int, count: int) -> list[int]:
-    """Pack sizes below `tokens`, largest first, down to half an even share."""
-    smallest = tokens / (2 * count)
-    sizes = (math.ceil(tokens - (tokens - smallest) * cut / CUTS) for cut in range(1, CUTS + 1))
-    return [size for size in sizes if size < tokens]
+def _in_parts(
+    rows: Sequence[Rendered], parts: int, whole: list[Pack], *, budget: int, share: bool
+) -> list[Pack]:  # fmt: skip
+    """The plan of at most so many packs whose largest is smallest, to within a step's 64th; `whole` where none is."""
+    if len(whole) >= parts:
+        return whole
+    tokens, found = sum(map(len, whole)), whole
+    low, high = tokens / (2 * parts), float(min(budget, tokens))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        tried = packing.plan(rows, budget=math.ceil(middle), share=share)
+        if len(tried) <= parts:
+            found, high = tried, middle
+        else:
+            low = middle
+    return found
