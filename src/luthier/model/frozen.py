@@ -71,7 +71,8 @@ def depth(model: Any) -> int:
     try:
         with torch.enable_grad():
             model.eval()
-            hidden_states(model, Batch.of(*packing.plan([PROBE], budget=len(PROBE.ids)), model.device))
+            (probe,) = packing.plan([PROBE], budget=len(PROBE.ids))
+            hidden_states(model, Batch.of(probe, model.device))
     finally:
         for hook in hooks:
             hook.remove()
