@@ -163,7 +163,7 @@ def started(count: int, *cases: dict[str, Any]) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command += [f"--nproc-per-node={count}", str(HERE / "ranks_driver.py"), json.dumps(cases)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    told = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert told.returncode == 0, told.stderr[-3000:]
     found = next(line for line in told.stdout.splitlines() if line.startswith("END"))
     return list(json.loads(found[4:]))
@@ -263,7 +263,7 @@ def test_where_one_process_ends_all_do_and_the_run_can_go_on(tmp_path: Path, dee
     path = write_task(tmp_path)
     overrides = ["train.processes=2", "train.save_every=1", "train.epochs=12"]
     command = [sys.executable, "-c", LISTENING, str(path), deed, *overrides]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=900)
     wanted = "process 2 of 2 was ended from outside (SIGKILL)" if deed == "kill" else "everything is saved"
     assert f"TrainingError: {wanted}" in told.stdout or wanted in told.stdout, told.stderr[-2000:]
     assert "--resume" in told.stdout
@@ -306,7 +306,7 @@ def test_the_whole_job_in_processes_gives_what_one_gives(tmp_path: Path) -> None
 def test_torchrun_starts_it_as_well(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "luthier"]
     path = write_task(tmp_path)
-    told = subprocess.run([*command, "train", str(path)], capture_output=True, text=True, timeout=120)
+    told = subprocess.run([*command, "train", str(path)], capture_output=True, text=True, timeout=900)
     assert told.returncode == 0, told.stderr[-2000:]
     assert told.stdout.count("report.html") == 1  # the first one speaks
     assert store.read_json(tmp_path / "runs" / "task" / "record.json")["status"] == "complete"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +87,11 @@ def _bytes(model: Any, packs: Sequence[Pack]) -> int:
 
 
 def memory(device: torch.device | str) -> int:
-    """Bytes of memory, in all, where states would lie."""
+    """Bytes of memory, in all, where states would lie; a run's processes on one machine share it."""
     import torch
 
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

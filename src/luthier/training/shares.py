@@ -16,6 +16,7 @@ from luthier.text import pack as packing
 
 HALVINGS = 6  # of the range in which the best pack size is sought: to a 64th of a step
 WORTH = 0.98  # a step is cut smaller only where its slowest process gains this much
+EVEN = 1.1  # the slowest's work over an even share, from which no better cut is sought: planning takes time as well
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def planner(count: int, cost: Callable[[Pack], float], *, in_step: bool = False)
             return best
         least = slowest([cost(pack) for pack in best], count, in_step=in_step)
         for times in (1, 2):
+            if least <= EVEN * math.fsum(map(cost, best)) / count:
+                break
             tried = _in_parts(rows, times * count, best, budget=budget, share=share)
             time = slowest([cost(pack) for pack in tried], count, in_step=in_step)
             if time < WORTH * least:
