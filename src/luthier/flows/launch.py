@@ -45,8 +45,11 @@ def several(spec: RunSpec) -> int:
 
     from luthier.model.load import pick_device
 
-    kind = pick_device(spec.model.device).partition(":")[0]
+    kind, one, _ = pick_device(spec.model.device).partition(":")
     there = torch.cuda.device_count() if kind == "cuda" else 1
+    if one:
+        what, remedy = f"{spec.model.device} is one GPU", "model.device: cuda; CUDA_VISIBLE_DEVICES says which are used"
+        raise SpecError(what, where="train.processes", remedy=remedy)
     if asked == "auto":
         return there
     if kind == "cuda" and asked > there:

@@ -86,8 +86,8 @@ class Team:
             self.wait()
 
     def agreed(self, answer: bool) -> bool:
-        """Whether every process says yes."""
-        return all(self.ranks.exchange(answer)) if self.ranks else answer
+        """The first process's answer, in every process."""
+        return bool(self.ranks.exchange(answer)[0]) if self.ranks else answer
 
     def answers(self, prompts: Prompts, answer: Callable[[Prompts], list[Completion]]) -> list[Completion]:
         """Answer prompts, a share in each process; a base in parts needs all of them for each."""
