@@ -4,7 +4,7 @@
     python bench/scaling.py --model smollm2-135m --rounds 1 --steps 3 --rows 8      a real one
 
 The model: time(N) = largest process's predicted cost / rate + one sum over the adapter's bytes + what a step costs
-besides. The rate and the rest come from one process, the sum is timed apart. Processor time (of the slowest process)
+besides. The rate and the rest come from one process with all and with half of a step's rows, the sum is timed apart. Processor time (of the slowest process)
 is told beside wall time: on a machine with other work, or fewer cores than processes, only the former shows how work
 is shared out. Counts of processes are measured in turns.
 """
@@ -68,10 +68,16 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     torch.set_num_threads(1)
     here = ranks.here("cpu", sharded=options.sharded)
-    return [measure(name, here, options) for name in WORKLOADS]
+    found = []
+    for name in WORKLOADS:
+        found.append(measure(name, here, options, options.rows))
+        if here.count == 1:
+            half = measure(name, here, options, options.rows // 2)
+            found[-1]["half"] = {key: half[key] for key in ("processor", "slowest")}
+    return found
 
 
-def measure(name: str, here: Any, options: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, here: Any, options: argparse.Namespace, count: int) -> dict[str, Any]:
     """One workload's steps in this process, the first one not counted."""
     import torch
 
@@ -87,9 +93,9 @@ def measure(name: str, here: Any, options: argparse.Namespace) -> dict[str, Any]
     method = registry.make("methods", {"name": "lora", "rank": 16})
     adapted = method.attach(net, seed=0)
     cost = shares.Cost.of(net)
-    settings = TrainSpec(batch_size=options.rows, epochs=1, patience=None)
+    settings = TrainSpec(batch_size=count, epochs=1, patience=None)
     source = ShuffledFeed(
-        rows(*WORKLOADS[name], options.rows * (options.steps + 1), net.config.vocab_size), batch_size=options.rows, seed=0,
+        rows(*WORKLOADS[name], count * (options.steps + 1), net.config.vocab_size), batch_size=count, seed=0,
         epochs=1, budget=4096, plan=shares.planner(here.count, cost, in_step=here.sharded),
     )  # fmt: skip
     training = Training(adapted, registry.make("objectives", "sft"), source, settings, method=method, ranks=here)
@@ -154,14 +160,17 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Measured and foretold seconds, and gains over one process, of every workload and count."""
     told, median = [], statistics.median
     for place, one in enumerate(found["1"]):
-        rate = median(one["processor"]) / median(one["slowest"])
+        full, half = one, one["half"]
+        more = median(full["processor"]) - median(half["processor"])
+        rate = max(0.0, more) / (median(full["slowest"]) - median(half["slowest"]))
+        besides = max(0.0, median(full["processor"]) - rate * median(full["slowest"]))
         for count, all_of_it in found.items():
             here = all_of_it[place]
-            foretold = rate * median(here["slowest"]) + here["sum"]
+            foretold = besides + rate * median(here["slowest"]) + here["sum"]
             told.append({
                 "workload": one["workload"], "processes": count,
                 "wall_s": round(median(here["wall"]), 3), "processor_s": round(median(here["processor"]), 3),
-                "foretold_s": round(foretold, 3), "sum_s": round(here["sum"], 4),
+                "foretold_s": round(foretold, 3), "sum_s": round(here["sum"], 4), "besides_s": round(besides, 4),
                 "gain_wall": round(median(one["wall"]) / median(here["wall"]), 2),
                 "gain_processor": round(median(one["processor"]) / median(here["processor"]), 2),
                 "gain_foretold": round(median(one["processor"]) / foretold, 2),
