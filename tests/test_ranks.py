@@ -293,8 +293,10 @@ def test_the_whole_job_in_processes_gives_what_one_gives(tmp_path: Path) -> None
         ours, theirs = (load_file(one.adapter / "adapter_model.safetensors") for one in (run, wanted))
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, rtol=0, atol=5e-5)
-        assert [p["prompt"] if "prompt" in p else p["example_id"] for p in store.read_jsonl(run.predictions / "test" / "base.jsonl")] \
-            == [p["prompt"] if "prompt" in p else p["example_id"] for p in store.read_jsonl(wanted.predictions / "test" / "base.jsonl")]  # fmt: skip
+        answers = [store.read_jsonl(one.predictions / "test" / "base.jsonl") for one in (run, wanted)]
+        assert [answer["example_id"] for answer in answers[0]] == [answer["example_id"] for answer in answers[1]]
+        same = [ours["text"] == theirs["text"] for ours, theirs in zip(*answers, strict=True)]
+        assert sum(same) >= 0.9 * len(same)  # a tie may fall the other way beside other rows
     kinds = {type(event).__name__ for event in heard}
     assert kinds >= {"Stage", "Progress", "Answering"}
     again = luthier.train(path, ["name=two", "train.processes=2"], resume=True)  # finished: everything is there
