@@ -249,6 +249,13 @@ def test_dump_and_load_are_inverse(tmp_path_factory, tree):
     assert again == spec.resolve_paths(built, path.parent)
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "\u2029", "é\x85\n", "ordinary é"])
+def test_what_yaml_takes_for_a_line_break_is_kept(tmp_path, text):
+    built = spec.build({"model": "tiny", "name": "t", "data": {"train": ["a"], "system": text}})
+    (tmp_path / "run.yaml").write_text(spec.dump(built), "utf-8")
+    assert spec.load(tmp_path / "run.yaml").data.system == text
+
+
 @cache
 def schema_check() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(spec.json_schema())

@@ -277,3 +277,38 @@ def test_a_finished_run_is_judged_on_other_rows(finished):
     other = evaluate(folder / "runs" / "task", folder / "rows.jsonl")
     assert other["primary"]["n"] == 60
     assert (folder / "runs" / "task" / "evaluations" / "rows" / "report.html").is_file()
+
+
+def write_labels(folder: Path, choices: str) -> Path:
+    """A task whose answers are one of four words."""
+    rows = [
+        {"question": f"number {n * 7919 % 1000} is a {COLOURS[n % 4]} thing", "answer": COLOURS[n % 4]}
+        for n in range(48)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    lines = [
+        "model: tiny", "template: plain", "data: {train: rows.jsonl, dev: 0.2, test: 0.25}", f"runs: {folder / 'runs'}",
+        "train: {max_steps: 2}", f"evaluate: {{primary: exact, few_shot: 0, choices: {choices}}}",
+    ]  # fmt: skip
+    path = folder / "task.yaml"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("choices", ["train", "[red, green, blue, black]"])
+def test_answers_are_chosen_where_the_task_has_choices(tmp_path, choices):
+    luthier.train(write_labels(tmp_path, choices))
+    folder = tmp_path / "runs" / "task" / "predictions" / "test"
+    for system in ("base", "tuned"):
+        told = [json.loads(line) for line in (folder / f"{system}.jsonl").read_text("utf-8").splitlines()]
+        assert told and {one["text"] for one in told} <= set(COLOURS[:4])
+        assert json.loads((folder / f"{system}.json").read_text("utf-8"))["choices"] == sorted(COLOURS[:4])
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"), [("[red, green]", "not among the choices"), ("[red]", "1 different answers to choose from")]
+)
+def test_choices_that_cannot_be_are_refused_before_anything_is_computed(tmp_path, choices, words):
+    with pytest.raises(SpecError, match=words) as error:
+        luthier.train(write_labels(tmp_path, choices))
+    assert "evaluate.choices" in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,6 +127,9 @@ class EvaluateSpec(_Part):
     few_shot: int = Field(3, ge=0, description="examples shown to the base in its few-shot run; 0: none")
     max_new_tokens: int | None = Field(None, ge=1, description="else 1.5 times the 99th percentile of the answers")
     batch_size: int = Field(32, ge=1, description="answers generated together")
+    choices: list[str] | Literal["train"] | None = Field(
+        None, description="answers are chosen from these texts; train: from the training answers"
+    )
     limit: int | None = Field(None, ge=1, description="judge only so many rows (chosen once, by content)")
     seed: int = Field(0, description="of the bootstrap")
 
@@ -163,6 +167,7 @@ class RunSpec(_Part):
         return value
 
 
+BREAKS = {"\x85", "\u2028", "\u2029"}
 SHELF_OF = {"template": "templates", "method": "methods", "objective": "objectives"}
 
 
@@ -232,7 +237,11 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 
 def dump(spec: RunSpec) -> str:
     """The resolved spec as YAML, every default filled in; `load` reads it back to an equal spec."""
-    return str(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    tree = spec.model_dump(mode="json")
+    plain = not BREAKS & set(
+        json.dumps(tree, ensure_ascii=False)
+    )  # YAML reads these as line breaks: escaped, or they would be lost
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=plain))
 
 
 def json_schema() -> dict[str, Any]:

@@ -11,11 +11,11 @@ from luthier import spec as specs
 from luthier import store
 from luthier.contracts import Adapted, Template
 from luthier.errors import UsageError
-from luthier.flows.judge import user_turns
+from luthier.flows.judge import answer_ids, user_turns
 from luthier.hub import cards
-from luthier.records import AdapterCard, Completion, Example, Message, Origin
+from luthier.records import AdapterCard, Completion, Message
 from luthier.text import show
-from luthier.text.render import render, render_prompt
+from luthier.text.render import render_prompt
 from luthier.text.tokenizer import Tokenizer
 
 
@@ -96,17 +96,10 @@ class Tuned:
         from luthier.model.choices import choose
 
         prompts = [self.prompt(question) for question in questions]
-        labels = [self._answer(text) for text in choices]
+        labels = [answer_ids(text, self.system, self.template, self.tokenizer) for text in choices]
         with folded(self.model, prompts, max(map(len, labels), default=0)):
             found = choose(self.model, prompts, labels)
         return [(choices[label], logprob) for label, logprob in found]
-
-    def _answer(self, text: str) -> tuple[int, ...]:
-        """Token ids of an answer as training rows have it, with its end token."""
-        turns = (*user_turns("", self.system), Message("assistant", text))
-        row = render(Example(turns, Origin("choices")), self.template, self.tokenizer)
-        assert row is not None, "nothing is dropped without a limit"
-        return row.ids[row.prompt_length :]
 
     def stream(
         self, messages: Sequence[Message], *, max_new_tokens: int = 256, temperature: float = 0.0

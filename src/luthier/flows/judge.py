@@ -15,16 +15,19 @@ from typing import Any
 
 from luthier import registry, store
 from luthier.contracts import Scorer, Template
+from luthier.errors import Fault, SpecError
 from luthier.evaluate import predict
 from luthier.flows.events import Answering, Listener, Note
 from luthier.flows.team import Team
-from luthier.records import Completion, Example, Message, Prediction, Rendered
+from luthier.records import Completion, Example, Message, Origin, Prediction, Rendered
 from luthier.spec import EvaluateSpec
-from luthier.text.render import render_prompt
+from luthier.text.render import render, render_prompt
 from luthier.text.tokenizer import Tokenizer
 
 MARGIN = 1.5  # room over the 99th percentile of the wanted answers' lengths
 LEAST_TOKENS = 16
+MOST_CHOICES = 500
+SHOWN = 8
 
 
 @dataclass
@@ -49,11 +52,14 @@ class Judge:
         if self.settings.limit:
             self.examples = sorted(self.examples, key=lambda example: example.id)[: self.settings.limit]
         self.max_new_tokens = self.settings.max_new_tokens or self._usual_length()
+        self.choices = self._choices()
         self.shots = self._shots()
         self._ids = {row.example_id: row.ids[: row.prompt_length] for row in self.rendered}
 
     def check(self) -> dict[str, float | None]:
-        """Prove every metric on these answers, before any token is paid for; returns each one's chance level."""
+        """Prove metrics and choices on these answers, before any token is paid for; each metric's chance level."""
+        if self.choices and self.settings.choices != "train":
+            self._require_chosen()
         return predict.self_check(self.scorers, [example.answer for example in self.examples])
 
     def answers(
@@ -61,7 +67,7 @@ class Judge:
     ) -> list[Prediction]:
         """Answers of one system with scores, from the store where nothing that matters has changed."""
         prompts = [self.prompt(example, shots) for example in self.examples]
-        decoding = {"max_new_tokens": self.max_new_tokens, "temperature": 0.0, "batch_size": self.settings.batch_size}
+        decoding = self._decoding()
         wanted = store.content_hash([self.identity, decoding, key, prompts, [e.id for e in self.examples]])
         path = self.folder / f"{system}.jsonl"
         about = self.folder / f"{system}.json"
@@ -77,6 +83,10 @@ class Judge:
             predict.save(path, predictions)
             store.write_json(about, {"key": wanted, "seconds": self.seconds[system], **decoding})
         return self.scored(predictions)
+
+    def _decoding(self) -> dict[str, Any]:
+        told = {"max_new_tokens": self.max_new_tokens, "temperature": 0.0, "batch_size": self.settings.batch_size}
+        return {**told, "choices": self.choices} if self.choices else told
 
     def scored(self, predictions: Sequence[Prediction]) -> list[Prediction]:
         """Fill in the scores."""
@@ -103,6 +113,8 @@ class Judge:
         with folded(model, prompts, self.max_new_tokens) as folding:
             if folding.why:
                 listener(Note(f"{system} answers with its adapter attached, which is slower: {folding.why}"))
+            if self.choices:
+                return self._choose(model, prompts)
             return generate(
                 model,
                 prompts,
@@ -112,6 +124,33 @@ class Judge:
                 batch_size=self.settings.batch_size,
                 on_done=lambda done: listener(Answering(system, done, len(prompts))),
             )
+
+    def _choose(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[Completion]:
+        """The most likely of the choices behind each prompt; nothing else is ever said."""
+        from luthier.model.choices import choose
+
+        labels = [answer_ids(text, None, self.template, self.tokenizer) for text in self.choices]
+        found = choose(model, prompts, labels, batch_size=self.settings.batch_size)
+        return [Completion(self.choices[at], labels[at], "end", (logprob,)) for at, logprob in found]
+
+    def _choices(self) -> list[str]:
+        """The texts that answers are chosen from; empty where answers are free."""
+        asked = self.settings.choices
+        texts = [e.answer for e in self.shots_from] if asked == "train" else asked or []
+        unique = sorted({text.strip() for text in texts} - {""})
+        if asked is not None and not 2 <= len(unique) <= MOST_CHOICES:
+            what = f"gives {len(unique)} different answers to choose from, and 2 to {MOST_CHOICES} can be"
+            raise SpecError(what, where="evaluate.choices", remedy="leave it out: answers are then generated")
+        return unique
+
+    def _require_chosen(self) -> None:
+        """Every wanted answer must be among the written choices, or it could not be given."""
+        known = set(self.choices)
+        lost = [example for example in self.examples if example.answer.strip() not in known]
+        faults = [Fault(str(e.origin), f"the answer {e.answer[:60]!r} is not a choice") for e in lost[:SHOWN]]
+        if lost:
+            what = f"{len(lost)} held-out rows have an answer that is not among the choices"
+            raise SpecError(what, where="evaluate.choices", faults=faults, remedy="add it to evaluate.choices")
 
     def _usual_length(self) -> int:
         golds = [*self.examples, *self.shots_from[:2000]]
@@ -133,6 +172,14 @@ class Judge:
             return False
         longest = max((len(self.prompt(example, True)) for example in self.examples), default=0)
         return self.context is None or longest + self.max_new_tokens <= self.context
+
+
+def answer_ids(text: str, system: str | None, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Token ids of an answer as training rows have it, with its end token."""
+    turns = (*user_turns("", system), Message("assistant", text))
+    row = render(Example(turns, Origin("choices")), template, tokenizer)
+    assert row is not None, "nothing is dropped without a limit"
+    return row.ids[row.prompt_length :]
 
 
 def user_turns(text: str, system: str | None) -> tuple[Message, ...]:
