@@ -112,6 +112,7 @@ def test_a_model_that_cannot_share_is_refused():
 
 def test_a_tuned_model_answers_with_one_of_the_choices():
     from luthier.flows.answer import Tuned
+    from luthier.flows.judge import answer_ids
     from luthier.model import catalog, load
     from luthier.text.tokenizer import Tokenizer
 
@@ -121,7 +122,7 @@ def test_a_tuned_model_answers_with_one_of_the_choices():
     tuned.template, tuned.card = registry.make("templates", "chat"), SimpleNamespace(metrics={"system": "Sort."})
     texts, questions = ["yes", "yes, but", "no"], ["Is it red?", "Was it a cup that I saw?"]
     found = tuned.choose(questions, texts)
-    labels = [tuned._answer(text) for text in texts]
+    labels = [answer_ids(text, "Sort.", tuned.template, tuned.tokenizer) for text in texts]
     assert all(label[-1] in tuned.tokenizer.stop_ids for label in labels)
     expected = apart(tuned.model, [tuned.prompt(question) for question in questions], labels)
     for row, (text, logprob) in enumerate(found):

@@ -172,7 +172,7 @@ def test_pissa_trains_through_the_fused_step(monkeypatch):
     monkeypatch.setattr(fused._Fused, "apply", lambda *given: calls.append(1) or usual(*given))
     made = method("pissa", rank=4)
     laws.train(laws.attach(made, network("llama")), made, steps=1)
-    assert len(calls) == 3 * 7
+    assert len(calls) == 3 * 4  # layers that get one input run together
 
 
 @pytest.mark.parametrize(
