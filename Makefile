@@ -15,8 +15,8 @@ EXTRAS ?= dev
 # are made once.
 FAST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 SLOW := $(BIN)/python -m pytest -m "slow and not gpu" --durations=10
-# Many short trainings gain more from two processes than from two threads; the rest measures with both.
-MANY := tests/test_real_methods.py tests/test_peft_door.py
+# Many short trainings (and tests that start processes of their own) gain more from two processes than from two threads.
+MANY := tests/test_real_methods.py tests/test_peft_door.py tests/test_ranks.py tests/test_kill.py
 
 .PHONY: help venv demo test test-fast test-slow lint format bench clean
 
