@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_train_flow import write_task
 
-from luthier import cli, registry
+from luthier import registry
 from luthier import spec as specs
 from luthier.errors import SpecError, UsageError
 from luthier.flows import bench, bench_answers
@@ -336,20 +336,6 @@ READING = {
     },
     "required": ["prefill", "decode"],
 }
-
-
-@pytest.fixture
-def run(capsys):
-    """Call the command line; return (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return int(end.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

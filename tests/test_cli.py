@@ -28,20 +28,6 @@ COLOURS, THINGS = ("red", "green", "blue", "black", "white"), ("cup", "door", "s
 INSTRUCTION = "Say the colour and the thing as JSON."
 
 
-@pytest.fixture
-def run(capsys):
-    """Call the command line; return (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return int(end.value.code or 0), out, err
-
-    return run
-
-
 def write_rows(path: Path, count: int = 60, seed: int = 0) -> Path:
     rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:

@@ -167,7 +167,7 @@ class RunSpec(_Part):
         return value
 
 
-BREAKS = {"\x85", "\u2028", "\u2029"}
+BREAKS = {"\x85", "\u2028", "\u2029"}  # line breaks to YAML: written unescaped they would be lost
 SHELF_OF = {"template": "templates", "method": "methods", "objective": "objectives"}
 
 
@@ -238,9 +238,7 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 def dump(spec: RunSpec) -> str:
     """The resolved spec as YAML, every default filled in; `load` reads it back to an equal spec."""
     tree = spec.model_dump(mode="json")
-    plain = not BREAKS & set(
-        json.dumps(tree, ensure_ascii=False)
-    )  # YAML reads these as line breaks: escaped, or they would be lost
+    plain = BREAKS.isdisjoint(json.dumps(tree, ensure_ascii=False))
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=plain))
 
 

@@ -34,17 +34,17 @@ def keep_lower(
 
     if not (again or _pays(prepared)) or not (count := _depth(model, prepared)):
         return None
-    packs = [*_packs(prepared, share), *dev_packs]
-    probe = min(packs, key=len)
-    if known is not None and known.depth == count and not frozen.differs(model, known, probe):
+    serves = known is not None and known.depth == count and bool(dev_packs)
+    if known is not None and serves and not frozen.differs(model, known, min(dev_packs, key=len)):
         return known
+    packs = [*_packs(prepared, share), *dev_packs]
     size = _bytes(model, packs)
     if size > MEMORY * memory(model.device):
         tell(Note(f"{count} frozen layers run in every epoch: their states would take {size / 1e9:.1f} GB"))
         return None
     tell(Stage("keep the lower layers' states", f"{count} frozen layers, {size / 1e6:.0f} MB"))
     kept = frozen.keep(model, packs, count)
-    if reason := frozen.differs(model, kept, probe):
+    if reason := frozen.differs(model, kept, min(packs, key=len)):
         tell(Note(f"{count} frozen layers run in every epoch: {reason}", "warning"))
         return None
     return kept

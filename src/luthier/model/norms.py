@@ -1,8 +1,8 @@
 """RMS norms of a training step in seven passes over (tokens, hidden_size) where autograd makes about seventeen.
 
 On a CPU a norm costs its passes over memory, and there are two in every layer: 2.2 against 5.4 ms for 1,304 x 576
-float32 values, about 2 % of a step of LoRA (docs/benchmarks.md). Only float32 in training; everything else is the
-model's own forward.
+float32 values, forward and backward (docs/benchmarks.md). Only float32 in training; everything else is the model's
+own forward.
 """
 
 from __future__ import annotations
